@@ -1,0 +1,44 @@
+# Two commands for everybody: `make demo` and `make test`. Both make .venv from Python 3.11 and the pinned constraints.
+PYTHON ?= python3.11
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test check test-slow bench clean
+
+demo: $(VENV)/.installed  ## prepare, train with two processes, evaluate, generate, report
+	@bash launch/demo.sh
+
+test: $(VENV)/.installed-dev check  ## lint, types, and the tests that fit into a quarter of an hour
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+check: $(VENV)/.installed-dev  ## ruff, mypy, shellcheck
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/shellcheck launch/*.sh .ci/run
+
+test-slow: $(VENV)/.installed-peers  ## what CI runs on top: README commands, real data, peers' opinions
+	$(VENV)/bin/python -m pytest -m slow
+
+bench: $(VENV)/.installed-peers  ## ours and the peer in one run; results go to benchmarks/results/
+	$(VENV)/bin/python benchmarks/training.py
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "needs Python 3.11 or later: make PYTHON=/path/to/python3"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing the pinned dependencies into $(VENV) (a minute or two) ..."
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable ".[dev,tensorboard,wandb]"
+	@touch $@
+
+$(VENV)/.installed-peers: $(VENV)/.installed-dev
+	$(PIP) --editable ".[dev,tensorboard,wandb,peers]"
+	@touch $@
+
+clean:  ## the environment only; runs and prepared data are yours
+	rm -rf $(VENV)

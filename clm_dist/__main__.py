@@ -1,0 +1,3 @@
+from clm_dist.cli import entry_point
+
+entry_point()

@@ -1,0 +1,141 @@
+"""What each command does, in terms of the wings. Imports are inside, so that a command loads only what it uses."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from clm_dist import recipe
+from clm_dist.config import Config, GenerateConfig
+from clm_dist.errors import ConfigError, UserError
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Text to blocks. One process: a launcher would make every rank do all of it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("prepare is one process's work; run `clm-dist prepare RECIPE` without the launcher")
+    config = recipe.load(args.recipe, args.overrides)
+    quiet_libraries()
+    _check_positions(config)
+    from clm_dist.data.prepare import prepare as prepare_data
+
+    prepare_data(config)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains on the prepared blocks."""
+    config = recipe.load(args.recipe, args.overrides)
+    quiet_libraries()
+    from clm_dist.training.train import train as train_model
+
+    train_model(config, overwrite=args.overwrite)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Exact evaluation of any model on the recipe's held-out blocks; one process or many."""
+    config = recipe.load(args.recipe, args.overrides)
+    quiet_libraries()
+    from clm_dist.training.evaluate_command import evaluate_model
+
+    name = args.model or str(Path(config.run_dir) / "model")
+    output = args.output or (None if args.model else str(Path(config.run_dir) / "evaluation.json"))
+    evaluate_model(config, name, output)
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Continues prompts, streaming to the terminal, or a file of prompts into JSON lines."""
+    prompts = _prompts(args)
+    overrides = _sampling(args)
+    quiet_libraries()
+    from transformers import TextStreamer
+
+    from clm_dist.data.tokenize import load_tokenizer
+    from clm_dist.model.build import load_model
+    from clm_dist.model.generate import generate as generate_text
+    from clm_dist.model.generate import saved_settings
+
+    model: Any = load_model(args.model)
+    tokenizer = load_tokenizer(args.model)
+    settings = saved_settings(model, overrides)
+    model.to(_device())
+    if args.output is None:
+        for number, prompt in enumerate(prompts):
+            streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+            generate_text(model, tokenizer, prompt, settings, args.seed + number, streamer)
+        return
+    with Path(args.output).open("x", encoding="utf-8") as file:
+        for number, prompt in enumerate(prompts):
+            text = generate_text(model, tokenizer, prompt, settings, args.seed + number)
+            file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+            file.flush()
+    print(f"{len(prompts)} texts in {args.output}")
+
+
+def report(args: argparse.Namespace) -> None:
+    """One HTML page of a run."""
+    from clm_dist.publish.report import write_report
+
+    path = write_report(Path(args.run), Path(args.output) if args.output else None)
+    print(f"report in {path}")
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    prompts = list(args.prompt)
+    if args.prompts_file is not None:
+        path = Path(args.prompts_file)
+        if not path.is_file():
+            raise UserError(f"--prompts-file {path} does not exist; give a text file with one prompt a line")
+        try:
+            prompts += [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompts-file {path} is not UTF-8 (byte {error.start}); convert it") from None
+    if not prompts:
+        raise UserError("no prompt; give --prompt TEXT (as often as you like) or --prompts-file FILE")
+    if args.output is not None and Path(args.output).exists():
+        raise UserError(f"--output {args.output} exists; choose another name or remove it")
+    return prompts
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The generate.* settings given on the command line, checked."""
+    values: dict[str, Any] = {}
+    problems = [problem for text in args.overrides if (problem := recipe.override(values, text))]
+    problems += [
+        f"{name} is no setting of generate; write generate.field=value" for name in values if name != "generate"
+    ]
+    given = values.get("generate", {})
+    problems += recipe.problems_of_section(GenerateConfig, "generate", given)
+    if problems:
+        raise ConfigError(problems)
+    return dict(given)
+
+
+def _check_positions(config: Config) -> None:
+    """Refuses a block size beyond the model's positions before anything is tokenised, where the model is at hand."""
+    from clm_dist.model.build import check_fits, model_configuration
+
+    try:
+        built = model_configuration(config.model, {})
+    except ConfigError:
+        raise
+    except UserError:
+        return  # the model need not be reachable while text is prepared; `train` asks again
+    check_fits(built, config.data.block_size, 0, str(config.model.name or config.model.type))
+
+
+def quiet_libraries() -> None:
+    """The libraries' own bars and notices stand between our lines and fill batch logs; errors still come."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+
+
+def _device() -> Any:
+    import torch
+
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

@@ -1,0 +1,99 @@
+"""Tokenizers: loaded by name or trained on the text, identified by contents, applied to batches of documents."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clm_dist.config import Config
+from clm_dist.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's own, so that the exported model looks familiar
+DOCUMENTS_PER_BATCH = 1000  # enough to keep the tokenizer's threads busy, small enough to stay out of memory's way
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or Hub id."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"cannot load a tokenizer from {name}: {' '.join(str(error).split())[:300]}; "
+            "give a folder with tokenizer.json or a Hub id as data.tokenizer"
+        ) from None
+
+
+def tokenizer_name(config: Config) -> str:
+    """What the recipe calls its tokenizer, for people and for the manifest."""
+    if config.data.tokenizer_vocab_size is not None:
+        return f"byte-level BPE of {config.data.tokenizer_vocab_size} trained on the training documents"
+    return str(config.data.tokenizer or config.model.name)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+    """A byte-level BPE (Sennrich et al., arXiv:1508.07909; bytes as in GPT-2) of at most `vocab_size` tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes: no text is out of vocabulary
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Hash of what decides the ids, so that a renamed tokenizer is the same and one changed merge is another."""
+    if tokenizer.is_fast:
+        contents = tokenizer.backend_tokenizer.to_str()
+    else:
+        contents = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+    return hashlib.sha256(f"{contents}\0{tokenizer.eos_token_id}".encode()).hexdigest()
+
+
+def ids_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest unsigned integer that holds every id: 2 bytes a token up to 65,536 entries."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def tokenize(texts: Iterable[str], tokenizer: Any, append_eos: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """Batches of documents as (number of documents, their ids one after another).
+
+    No special tokens but the end-of-text that `append_eos` asks for: a tokenizer's own [CLS] or <s> would stand in
+    the middle of blocks. Fast tokenizers use all cores (their own threads); slow ones work, on one.
+    """
+    if append_eos and tokenizer.eos_token_id is None:
+        raise UserError("data.append_eos=true but the tokenizer has no end-of-text token; set data.append_eos=false")
+    dtype = ids_dtype(len(tokenizer))
+    documents = iter(texts)
+    while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
+        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        eos = [tokenizer.eos_token_id] if append_eos else []
+        yield len(batch), np.concatenate([np.asarray(ids + eos, dtype=dtype) for ids in encoded])
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes the tokenizer beside the blocks, so that training and export need nothing from elsewhere."""
+    tokenizer.save_pretrained(folder)
+
+
+def token_ids(tokenizer: Any) -> dict[str, int | None]:
+    """What a model from scratch has to know of its tokenizer, under the names of a model configuration."""
+    return {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }

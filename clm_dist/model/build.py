@@ -1,0 +1,127 @@
+"""A causal language model by name or from scratch, checked against the data before any weight is loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clm_dist.config import ModelConfig
+from clm_dist.errors import ConfigError, UserError, nearest
+
+POSITION_FIELDS = ("max_position_embeddings", "n_positions")  # what architectures call their longest sequence
+
+
+def model_configuration(config: ModelConfig, token_ids: dict[str, int | None]) -> Any:
+    """The transformers configuration of the model: loaded or built, with `model.config.*` laid over it.
+
+    token_ids: vocab_size, bos_token_id, eos_token_id and pad_token_id of the tokenizer, which a model built from
+    `model.type` takes over unless `model.config` says otherwise.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if config.type is None:
+        plain = load_configuration(str(config.name), config.revision, config.trust_remote_code)
+        _refuse_unknown(plain, config.config)
+        for key, value in config.config.items():
+            setattr(plain, key, value)
+        return plain
+    if config.type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        known = nearest(config.type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        raise UserError(f"model.type={config.type} is no causal language model that transformers knows{known}")
+    architecture = CONFIG_MAPPING[config.type]
+    _refuse_unknown(architecture(), config.config)
+    settings = {key: value for key, value in token_ids.items() if value is not None} | config.config
+    try:
+        return architecture(**settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.config={config.config} does not fit {config.type}: {error}; correct it") from None
+
+
+def _refuse_unknown(built: Any, settings: dict[str, Any]) -> None:
+    """transformers takes any key in silence; a misspelt one would train another model than was asked for."""
+    known = {key for key in dir(built) if not key.startswith("_") and not callable(getattr(type(built), key, None))}
+    known |= set(built.attribute_map)
+    problems = [f"unknown key model.config.{key}{nearest(key, known)}" for key in settings if key not in known]
+    if problems:
+        raise ConfigError(problems)
+
+
+def load_configuration(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The configuration of a folder or Hub id; UserError where there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot load a model configuration from {name}: {' '.join(str(error).split())[:300]}; "
+            "give a folder with config.json or a Hub id"
+        ) from None
+
+
+def check_fits(built: Any, block_size: int, vocab_size: int, name: str) -> None:
+    """Refuses a model that cannot read the blocks: too few positions, or ids beyond its embedding."""
+    problems = []
+    positions = max_positions(built)
+    if positions is not None and block_size > positions:
+        problems.append(
+            f"data.block_size={block_size} exceeds the {positions} positions of {name}; set data.block_size={positions} "
+            "(or less) and prepare again"
+        )
+    embedding = getattr(built.get_text_config(), "vocab_size", None)
+    if embedding is not None and vocab_size > embedding:
+        problems.append(
+            f"the tokenizer has {vocab_size} tokens, the embedding of {name} only {embedding}; set data.tokenizer to the "
+            f"model's own, or for a model from scratch leave model.config.vocab_size out"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def max_positions(built: Any) -> int | None:
+    """The longest sequence a model can number, None where its configuration names no limit."""
+    for field in POSITION_FIELDS:
+        value = getattr(built.get_text_config(), field, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def build_model(config: ModelConfig, built: Any, seed: int) -> torch.nn.Module:
+    """The model in fp32: pretrained weights of `config.name`, or random ones drawn from `seed`."""
+    if config.type is None and not config.from_scratch:
+        return load_model(str(config.name), built, config.revision, config.trust_remote_code)
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # the same weights on every rank and at every world size
+        return AutoModelForCausalLM.from_config(built, trust_remote_code=config.trust_remote_code).float()
+
+
+def load_model(
+    name: str, built: Any = None, revision: str | None = None, trust_remote_code: bool = False
+) -> torch.nn.Module:
+    """A model with its weights from a folder or Hub id, in fp32. Safetensors only: a pickle could run code of others."""
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(name)
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{name} holds no weights (*.safetensors); to train it from random weights set model.from_scratch=true, "
+            "else give a folder or Hub id with weights"
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            config=built,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=torch.float32,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot load a causal language model from {name}: {' '.join(str(error).split())[:300]}; "
+            "check the name, or set HF_TOKEN for a private model"
+        ) from None

@@ -1,0 +1,59 @@
+"""Text from a model: one prompt at a time, so that a prompt's continuation does not depend on its neighbours."""
+
+from typing import Any
+
+import torch
+
+from clm_dist.config import GenerateConfig
+from clm_dist.errors import UserError
+from clm_dist.model.build import max_positions
+
+
+def generate(model: Any, tokenizer: Any, prompt: str, settings: GenerateConfig, seed: int, streamer: Any = None) -> str:
+    """The prompt and its continuation. The same (model, prompt, settings, seed) gives the same text.
+
+    The global random state is left as it was, so that sampling during training does not change what is learned.
+    """
+    input_ids = torch.tensor(
+        [prompt_ids(tokenizer, prompt, settings, max_positions(model.config))], device=model.device
+    )  # (1, T)
+    sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        output = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=settings.do_sample,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            use_cache=True,
+            streamer=streamer,
+            **(sampling if settings.do_sample else {}),
+        )
+    model.train(was_training)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def prompt_ids(tokenizer: Any, prompt: str, settings: GenerateConfig, positions: int | None) -> list[int]:
+    """The ids to continue: the prompt's, without special tokens, as in training; UserError where they do not fit."""
+    ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    if not ids:
+        if tokenizer.eos_token_id is None:
+            raise UserError("the prompt is empty and the tokenizer has no end-of-text to start from; give a prompt")
+        ids = [tokenizer.eos_token_id]  # what stands before a document's first token in training
+    if positions is not None and len(ids) + settings.max_new_tokens > positions:
+        raise UserError(
+            f"a prompt of {len(ids)} tokens and generate.max_new_tokens={settings.max_new_tokens} exceed the model's "
+            f"{positions} positions; shorten the prompt or set generate.max_new_tokens={max(1, positions - len(ids))}"
+        )
+    return ids
+
+
+def saved_settings(model: Any, overrides: dict[str, Any]) -> GenerateConfig:
+    """The sampling that the model was exported with (generation_config.json), with `overrides` laid over it."""
+    saved = {
+        name: getattr(model.generation_config, name, None) for name in GenerateConfig.model_fields if name != "prompts"
+    }
+    return GenerateConfig(**({name: value for name, value in saved.items() if value is not None} | overrides))

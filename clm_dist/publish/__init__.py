@@ -1,0 +1,1 @@
+"""What leaves a run: metrics, model folders with their cards, the report."""

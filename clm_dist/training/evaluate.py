@@ -1,0 +1,90 @@
+"""Exact evaluation: the sum of nll over the count of tokens, every block once, at every number of processes.
+
+Legend: B sequences, T = block_size, V = vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from clm_dist.data.blocks import Blocks
+from clm_dist.model.loss import next_token_nll
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on a split. Each token counts once and alike."""
+
+    nll: float  # summed nats
+    tokens: int  # scored tokens: T - 1 of every block
+    correct: int  # tokens that were the likeliest by the model
+    tokens_per_byte: float  # of the whole split
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nll / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))  # exp overflows above 709
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per UTF-8 byte: comparable between tokenizers. Bits per scored token times tokens per byte of the split."""
+        return self.loss / math.log(2) * self.tokens_per_byte
+
+    @property
+    def accuracy(self) -> float:
+        """Share of tokens that were the likeliest by the model."""
+        return self.correct / self.tokens
+
+    def metrics(self) -> dict[str, float]:
+        """The figures by their metric names."""
+        return {
+            "eval/loss": self.loss,
+            "eval/perplexity": self.perplexity,
+            "eval/bits_per_byte": self.bits_per_byte,
+            "eval/accuracy": self.accuracy,
+            "eval/nll": self.nll,
+            "eval/tokens": self.tokens,
+        }
+
+
+def evaluate(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    blocks: Blocks,
+    micro_batch_size: int,
+    tokens_per_byte: float,
+) -> Evaluation:
+    """Evaluates `model` on all `blocks`. Every rank must call this; a rank may have nothing to do.
+
+    The batches are the same at every world size; batch j is computed by rank j % world_size and its sums (fp64) are put
+    into row j of a table. Adding the tables of all ranks adds zeros only, and fsum rounds once: the result does not
+    depend on how many processes there were, to the last bit where a forward pass does not.
+    """
+    starts = range(0, len(blocks), micro_batch_size)
+    table = torch.zeros(len(starts), 3, dtype=torch.float64, device=accelerator.device)
+    # past the DDP wrapper: ranks may run different numbers of forward passes
+    plain = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+    was_training = plain.training
+    plain.eval()
+    with torch.inference_mode():
+        for j in range(accelerator.process_index, len(starts), accelerator.num_processes):
+            indices = list(range(starts[j], min(starts[j] + micro_batch_size, len(blocks))))
+            input_ids = torch.from_numpy(blocks[indices].astype("int64")).to(accelerator.device)  # (B, T)
+            table[j] = _sums(plain(input_ids=input_ids).logits, input_ids)
+    plain.train(was_training)
+    rows = accelerator.reduce(table, reduction="sum").tolist()  # sync
+    nll, tokens, correct = (math.fsum(column) for column in zip(*rows, strict=True))
+    return Evaluation(nll=nll, tokens=int(tokens), correct=int(correct), tokens_per_byte=tokens_per_byte)
+
+
+def _sums(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """nll, scored tokens and correct tokens of a batch: (3,) fp64. logits: (B, T, V), input_ids: (B, T)."""
+    nll = next_token_nll(logits, input_ids)
+    correct = logits[:, :-1].argmax(-1) == input_ids[:, 1:]
+    return torch.stack([nll.double().sum(), nll.new_tensor(nll.numel()).double(), correct.sum().double()])

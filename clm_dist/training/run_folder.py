@@ -1,0 +1,81 @@
+"""The folder of a run: what stands in it, and that no other run is ever overwritten unasked."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clm_dist import recipe
+from clm_dist.config import Config
+from clm_dist.errors import UserError
+from clm_dist.versions import versions
+
+# What train and the commands after it write; --overwrite removes these and nothing else.
+CONTENTS = (
+    *("config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "report.html"),
+    *("model", "model_best", "tensorboard", "wandb"),
+)
+
+
+def check_free(run_dir: str, overwrite: bool) -> None:
+    """Refuses a folder that holds something, unless it is a run and the user asked to replace it."""
+    folder = Path(run_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run_dir={run_dir} is a file; choose another run_dir")
+    present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if present and not overwrite:
+        raise UserError(
+            f"run_dir={run_dir} holds another run ({', '.join(present[:4])}, ...); set another run_dir to keep both, or add "
+            "--overwrite to replace it"
+        )
+    foreign = [name for name in present if name not in CONTENTS]
+    if foreign:
+        raise UserError(
+            f"run_dir={run_dir} holds {foreign[0]}, which is not of a run: not overwritten; choose another run_dir"
+        )
+
+
+def create(config: Config, accelerator: Any) -> Path:
+    """Empties and fills the run folder. On the main process, after every rank has passed `check_free`."""
+    folder = Path(config.run_dir)
+    for name in CONTENTS:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(recipe.dump(config), encoding="utf-8")
+    (folder / "environment.json").write_text(json.dumps(environment(accelerator), indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def environment(accelerator: Any) -> dict[str, Any]:
+    """What a figure of this run depends on beside its configuration."""
+    cuda = torch.cuda.is_available()
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": _commit(),
+        "processes": accelerator.num_processes,
+        "distributed_type": str(accelerator.distributed_type).split(".")[-1],
+        "mixed_precision": accelerator.mixed_precision,
+        "device": torch.cuda.get_device_name() if cuda else accelerator.device.type,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "threads_per_process": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this package's source, with a mark where files differ from it; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

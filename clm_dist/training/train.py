@@ -1,0 +1,116 @@
+"""`train`: one turn of the loop is one optimizer update.
+
+Legend: B micro_batch_size, T block_size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from clm_dist.config import Config
+from clm_dist.data.blocks import Blocks
+from clm_dist.data.manifest import Manifest
+from clm_dist.data.order import global_batch, micro_batches, step_seed
+from clm_dist.data.prepare import open_prepared
+from clm_dist.data.tokenize import load_tokenizer, token_ids
+from clm_dist.model.build import build_model, check_fits, max_positions, model_configuration
+from clm_dist.model.generate import prompt_ids
+from clm_dist.model.loss import next_token_nll, targets_per_block
+from clm_dist.publish.trackers import check_installed
+from clm_dist.training import run_folder
+from clm_dist.training.meter import Meter
+from clm_dist.training.observer import Observer
+from clm_dist.training.optimizer import make_optimizer, set_lr
+from clm_dist.training.plan import Plan, make_plan
+from clm_dist.training.runtime import check_launch, finish, launched_world_size, start
+from clm_dist.training.schedule import lr_at
+
+
+def train(config: Config, overwrite: bool = False) -> None:
+    """Trains, evaluates and exports. Every rank must call this."""
+    job = check(config, overwrite)
+    accelerator = start(config.train.mixed_precision)
+    plan = job.plan
+    model = build_model(config.model, job.model_configuration, config.seed)
+    model.config.use_cache = False  # type: ignore[union-attr]  # a cache of keys and values serves generation only
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, config.optim))
+    meter = Meter(accelerator, plan)
+    observer = Observer(accelerator, config, plan, job, model, meter)
+    observer.begin()
+    scored_tokens = plan.global_batch_size * targets_per_block(plan.block_size)  # of the whole step, over all ranks
+
+    for step in range(plan.max_steps):  # one turn = one optimizer update
+        model.train()
+        lr = lr_at(step, plan.max_steps, config.optim)
+        set_lr(optimizer, lr)
+        for micro_step, input_ids in enumerate(
+            window(job.train_blocks, plan, step, config.seed, accelerator)
+        ):  # (B, T)
+            with gradients_of(micro_step, accelerator, model, plan):
+                torch.manual_seed(dropout_seed(config.seed, step, micro_step, accelerator))
+                nll = next_token_nll(model(input_ids=input_ids).logits, input_ids).sum()
+                # DDP averages over ranks; we want the sum over the tokens of all of them
+                accelerator.backward(nll * (plan.world_size / scored_tokens))
+            meter.add(nll)
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+        meter.end_step(scored_tokens)
+        observer.after_step(step + 1, lr, grad_norm)
+
+    observer.end()
+    finish(accelerator)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run works on: checked, opened, and the same on every rank."""
+
+    manifest: Manifest
+    train_blocks: Blocks
+    eval_blocks: Blocks
+    tokenizer: Any
+    model_configuration: Any
+    plan: Plan
+
+
+def check(config: Config, overwrite: bool) -> Job:
+    """Everything that can be refused, before a process group exists or a weight is loaded."""
+    check_launch(config.train.mixed_precision)
+    run_folder.check_free(config.run_dir, overwrite)
+    check_installed(config)
+    manifest = open_prepared(config)
+    prepared = Path(config.data.prepared_dir)
+    tokenizer = load_tokenizer(str(prepared / "tokenizer"))
+    built = model_configuration(config.model, token_ids(tokenizer))
+    check_fits(built, config.data.block_size, manifest.vocab_size, str(config.model.name or config.model.type))
+    for prompt in config.generate.prompts:
+        prompt_ids(tokenizer, prompt, config.generate, max_positions(built))
+    train_blocks, eval_blocks = Blocks(prepared / "train"), Blocks(prepared / "eval")
+    plan = make_plan(config, len(train_blocks), launched_world_size())
+    return Job(manifest, train_blocks, eval_blocks, tokenizer, built, plan)
+
+
+def window(blocks: Blocks, plan: Plan, step: int, seed: int, accelerator: Accelerator) -> Iterator[torch.Tensor]:
+    """This rank's micro-batches of a step, on the device: each (B, T) int64."""
+    batch = global_batch(step, plan.global_batch_size, plan.num_blocks, seed)
+    for indices in micro_batches(batch, accelerator.process_index, plan.world_size, plan.micro_batch_size):
+        yield torch.from_numpy(blocks[indices].astype(np.int64)).to(accelerator.device, non_blocking=True)
+
+
+def gradients_of(micro_step: int, accelerator: Accelerator, model: torch.nn.Module, plan: Plan) -> Any:
+    """Ranks exchange gradients in the last micro-step only; before it each sums its own."""
+    last = micro_step == plan.gradient_accumulation_steps - 1
+    return nullcontext() if last else accelerator.no_sync(model)
+
+
+def dropout_seed(seed: int, step: int, micro_step: int, accelerator: Accelerator) -> int:
+    """Dropout is a function of (seed, step, place in the global batch): with one micro_batch_size every world size draws
+    the same masks, and there is no state to restore."""
+    return step_seed(seed, step, micro_step * accelerator.num_processes + accelerator.process_index)
