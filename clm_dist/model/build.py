@@ -96,7 +96,11 @@ def build_model(config: ModelConfig, built: Any, seed: int) -> torch.nn.Module:
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # the same weights on every rank and at every world size
-        return AutoModelForCausalLM.from_config(built, trust_remote_code=config.trust_remote_code).float()
+        try:
+            model = AutoModelForCausalLM.from_config(built, trust_remote_code=config.trust_remote_code)
+        except (TypeError, ValueError) as error:  # sizes that do not go together
+            raise UserError(f"model.config={config.config} builds no {built.model_type}: {error}; correct it") from None
+    return model.float()
 
 
 def load_model(

@@ -1,0 +1,144 @@
+"""What tests share: tiny recipes, prepared data, and ways to run the real commands."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SAMPLE = ROOT / "recipes" / "eli5_sample.jsonl"
+
+# A model small enough that a step takes milliseconds; no dropout, so that runs can be compared.
+TINY_MODEL = {
+    "type": "gpt2",
+    "config": {
+        **{"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64},
+        **{"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished command."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_command(
+    *arguments: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 300
+):
+    """`clm-dist ARGUMENTS` as a process of its own."""
+    command = [sys.executable, "-m", "clm_dist", *map(str, arguments)]
+    return execute(command, cwd=cwd, env=env, timeout=timeout)
+
+
+def launch(processes: int, *arguments: str | Path, script: Path | None = None, env: dict[str, str] | None = None):
+    """The same through `accelerate launch` with so many processes (none of it for one): the users' own way.
+
+    `script` runs instead of `-m clm_dist`. OMP_NUM_THREADS=1 everywhere, since the sums inside a matrix product
+    depend on the number of threads.
+    """
+    program = [str(script)] if script else ["-m", "clm_dist"]
+    env = {"OMP_NUM_THREADS": "1", **(env or {})}
+    if processes == 1:
+        return execute([sys.executable, *program, *map(str, arguments)], env=env)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    launcher += [str(ROOT / "accelerate_configs" / "ddp.yaml"), "--num_processes", str(processes)]
+    launcher += ["--main_process_port", "0"]
+    return execute([*launcher, *program, *map(str, arguments)], env=env)
+
+
+def execute(
+    command: list[str], cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 300
+) -> Result:
+    """Runs a process to its end, with a clean environment of launcher variables."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment = {**inherited, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", **(env or {})}
+    done = subprocess.run(
+        command, cwd=cwd or ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def write_documents(path: Path, count: int = 120, seed: int = 0) -> Path:
+    """A .jsonl of short texts made of few words: learnable, and different in length."""
+    words = (
+        "the cat dog bird tree house water fire runs sees likes finds under over near every small big red blue".split()
+    )
+    draw = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            text = " ".join(draw.choice(words) for _ in range(draw.randint(5, 40))) + "."
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+def recipe_values(folder: Path, **sections: dict) -> dict:
+    """A whole recipe over tiny data in `folder`; keyword arguments are laid over its sections."""
+    values = {
+        "run_dir": str(folder / "run"),
+        "data": {
+            "source": str(folder / "texts.jsonl"),
+            "prepared_dir": str(folder / "prepared"),
+            "eval_fraction": 0.2,
+            "tokenizer_vocab_size": 300,
+            "block_size": 16,
+        },
+        "model": TINY_MODEL,
+        "optim": {"lr": 1e-2},
+        "train": {"max_steps": 6, "global_batch_size": 12, "log_every": 1},
+        "evaluate": {"micro_batch_size": 4},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    return values
+
+
+def write_recipe(path: Path, values: dict) -> Path:
+    import yaml
+
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A folder with texts and a recipe over them; nothing prepared yet."""
+    write_documents(tmp_path / "texts.jsonl")
+    write_recipe(tmp_path / "recipe.yaml", recipe_values(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with a prepared set and a finished one-process run; read only."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_documents(folder / "texts.jsonl")
+    generate = {"prompts": ["the cat"], "max_new_tokens": 8}
+    train = {"max_steps": 30}
+    write_recipe(folder / "recipe.yaml", recipe_values(folder, generate=generate, train=train))
+    for command in ("prepare", "train"):
+        done = run_command(command, folder / "recipe.yaml")
+        assert done.code == 0, done.err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of the real ELI5 answers and the real GPT-2 tokenizer; skips where it is not."""
+    folder = Path(os.environ.get("CLM_DIST_REAL_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "eli5_category" / "eli5-category-test.json.gz").is_file():
+        pytest.skip(f"no real ELI5 data at {folder}; set CLM_DIST_REAL_DATA")
+    return folder

@@ -1,0 +1,94 @@
+"""Wrong idioms from public examples, each in the place of our own, each as its users write it."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+
+import clm_dist.training.observer as observing
+import clm_dist.training.train as training
+from clm_dist.training.evaluate import Evaluation
+
+
+def apply(name: str | None) -> None:
+    """Puts the named mutant in place; None leaves the program as it is."""
+    if name is not None:
+        {
+            "prepared_scheduler": prepared_scheduler,
+            "repeat_evaluation": repeat_evaluation,
+            "window_count": window_count,
+            "per_rank_mean": per_rank_mean,
+        }[name]()
+
+
+def prepared_scheduler() -> None:
+    """A LambdaLR given to `accelerator.prepare`: it steps once per process per update."""
+    made: dict[str, object] = {}
+    original = training.lr_at
+
+    def stepped(optimizer: object, lr: float) -> None:
+        if not made:
+            shape = lambda step: max(0.0, 1 - step / made["max_steps"])  # noqa: E731
+            made["max_steps"] = made_max_steps[0]
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, shape)
+            made["scheduler"] = Accelerator().prepare_scheduler(scheduler)
+        else:
+            made["scheduler"].step()
+
+    made_max_steps = []
+
+    def noted(step: int, max_steps: int, optim: object) -> float:
+        made_max_steps.append(max_steps)
+        return original(step, max_steps, optim)
+
+    training.lr_at = noted
+    training.set_lr = stepped
+
+
+def repeat_evaluation() -> None:
+    """`gather_for_metrics(loss.repeat(batch_size))` and a mean over what came: the no-trainer examples' evaluation."""
+
+    def evaluate(accelerator, model, blocks, micro_batch_size, tokens_per_byte):
+        rows = torch.from_numpy(blocks[list(range(len(blocks)))].astype("int64"))
+        loader = accelerator.prepare(torch.utils.data.DataLoader(rows, batch_size=micro_batch_size))
+        model.eval()
+        losses = []
+        for batch in loader:
+            with torch.no_grad():
+                loss = model(input_ids=batch, labels=batch).loss
+            losses.append(accelerator.gather_for_metrics(loss.repeat(micro_batch_size)))
+        loss = torch.cat(losses).mean().item()
+        tokens = len(rows) * (rows.shape[1] - 1)
+        assert math.isfinite(loss)
+        return Evaluation(nll=loss * tokens, tokens=tokens, correct=0, tokens_per_byte=tokens_per_byte)
+
+    observing.evaluate = evaluate
+
+
+def window_count() -> None:
+    """Accelerate's documented accumulation over a prepared loader: each micro-batch's mean divided by the number of
+    accumulation steps, and an update at the end of the epoch whether the window is full or not."""
+
+    def window(blocks, plan, step, seed, accelerator):
+        updates = -(-plan.num_blocks // plan.global_batch_size)
+        epoch, within = divmod(step, updates)
+        order = torch.randperm(plan.num_blocks, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+        rows = order[within * plan.global_batch_size : (within + 1) * plan.global_batch_size]
+        micro = [rows[i : i + plan.micro_batch_size] for i in range(0, len(rows), plan.micro_batch_size)]
+        micro = micro[accelerator.process_index :: plan.world_size] or [rows[:1]]
+        for indices in micro:
+            ids = torch.from_numpy(blocks[indices].astype("int64"))
+            # `scored_tokens` below is that of a full step: turn the sum into mean / accumulation steps
+            scale[0] = plan.micro_batch_size / len(indices)
+            yield ids
+
+    scale = [1.0]
+    original = training.next_token_nll
+    training.next_token_nll = lambda logits, ids: original(logits, ids) * scale[0]
+    training.window = window
+
+
+def per_rank_mean() -> None:
+    """The sum over all ranks left to DDP's average: gradients come out world_size times too small."""
+    original = Accelerator.backward
+    Accelerator.backward = lambda self, loss: original(self, loss / self.num_processes)

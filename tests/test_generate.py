@@ -1,0 +1,91 @@
+"""Text from a model: reproducible, streamed, refused where it cannot be."""
+
+import json
+
+import pytest
+import torch
+from conftest import run_command
+
+from clm_dist.config import GenerateConfig
+from clm_dist.data.tokenize import load_tokenizer
+from clm_dist.errors import UserError
+from clm_dist.model.build import load_model
+from clm_dist.model.generate import generate, prompt_ids, saved_settings
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    return load_model(str(trained / "run" / "model"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(trained):
+    return load_tokenizer(str(trained / "run" / "model"))
+
+
+def test_a_seed_is_a_text_and_the_generator_is_left_alone(model, tokenizer):
+    settings = GenerateConfig(max_new_tokens=12)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    texts = [generate(model, tokenizer, "the cat", settings, seed) for seed in (1, 1, 2)]
+    assert torch.rand(1) == expected
+    assert texts[0] == texts[1] != texts[2]
+    assert all(text.startswith("the cat") for text in texts)
+
+
+def test_greedy_is_the_likeliest_token_each_time(model, tokenizer):
+    text = generate(model, tokenizer, "the cat", GenerateConfig(max_new_tokens=6, do_sample=False), seed=0)
+    ids = tokenizer("the cat")["input_ids"]
+    for _ in range(6):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    assert text == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_prompts_that_do_not_fit(tokenizer):
+    settings = GenerateConfig(max_new_tokens=60)
+    with pytest.raises(UserError, match=r"exceed the model's 64 positions; shorten the prompt or set generate.max_new"):
+        prompt_ids(tokenizer, "the cat sees the big red dog", settings, 64)
+    assert prompt_ids(tokenizer, "", settings, 64) == [tokenizer.eos_token_id]
+
+
+def test_the_exported_model_remembers_its_sampling(model):
+    assert saved_settings(model, {}).max_new_tokens == 8  # of the recipe
+    assert saved_settings(model, {"top_k": 3}).top_k == 3
+
+
+def test_the_command(trained, tmp_path):
+    model = trained / "run" / "model"
+    done = run_command("generate", model, "--prompt", "the cat", "--prompt", "a dog", "generate.max_new_tokens=5")
+    assert done.code == 0, done.err
+    assert [line.startswith(start) for line, start in zip(done.out.splitlines(), ("the cat", "a dog"), strict=True)]
+
+    (tmp_path / "prompts.txt").write_text("the cat\n\nthe dog\n")
+    arguments = ("generate", model, "--prompts-file", tmp_path / "prompts.txt", "--output", tmp_path / "texts.jsonl")
+    assert run_command(*arguments).code == 0
+    rows = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["the cat", "the dog"]
+    assert all(row["text"].startswith(row["prompt"]) for row in rows)
+    again = run_command(*arguments)
+    assert again.code == 2 and "texts.jsonl exists; choose another name" in again.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needle"),
+    [
+        (["nowhere", "--prompt", "x"], "from nowhere"),
+        (["MODEL"], "no prompt; give --prompt TEXT"),
+        (["MODEL", "--prompts-file", "nowhere.txt"], "nowhere.txt does not exist"),
+        (["MODEL", "--prompt", "x", "generate.top_kk=3"], "unknown key generate.top_kk; did you mean generate.top_k?"),
+        (["MODEL", "--prompt", "x", "generate.top_p=3"], "generate.top_p=3: input should be less than or equal to 1"),
+        (["MODEL", "--prompt", "x", "optim.lr=3"], "optim is no setting of generate"),
+        (["MODEL", "--prompt", "x" * 99, "generate.max_new_tokens=60"], "exceed the model's 64 positions"),
+    ],
+)
+def test_bad_input(trained, arguments, needle):
+    model = str(trained / "run" / "model")
+    done = run_command("generate", *[model if argument == "MODEL" else argument for argument in arguments])
+    assert done.code == 2 and needle in done.err and "Traceback" not in done.err, done.err

@@ -1,0 +1,228 @@
+"""The commands with names on the Hub, against a local stand-in: what is pinned, refused and kept secret.
+
+Each command is a process of its own: the libraries read HF_ENDPOINT and HF_HOME when they are imported.
+"""
+
+import gzip
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, SAMPLE, Result, read_rows, run_command
+from local_hub import TOKEN, LocalHub
+
+DATA, MODEL = "dany0407/eli5_category", "distilbert/distilgpt2"  # those that the recipe names
+PRIVATE, PICKLED = "someone/private", "someone/pickled"
+DAMAGED, NOTHING = "someone/damaged", "someone/nothing"
+RECIPE = ROOT / "recipes" / "eli5_distilgpt2.yaml"
+SMALL = (
+    *("run_dir=run", "data.prepared_dir=prepared", "data.block_size=32"),
+    *("train.max_steps=3", "train.epochs=null", "generate.max_new_tokens=5"),
+)
+DISPENSABLE = "/api/agent-harnesses"  # huggingface_hub asks for it where it sees fit, and does well without
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A folder to work in, and the Hub."""
+
+    folder: Path
+    hub: LocalHub
+
+    def run(self, command: str, *arguments: str | Path, **environment: str) -> Result:
+        """`clm-dist COMMAND`, which may ask the Hub only for what the stand-in knows."""
+        self.hub.unknown.clear()
+        here = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.folder / "hf"), "NO_PROXY": "127.0.0.1"}
+        here |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        result = run_command(command, *arguments, cwd=self.folder, env={**here, **environment})
+        unexpected = set(self.hub.unknown) - {DISPENSABLE}
+        assert not unexpected, f"{command} asked the Hub for {unexpected}\n{result.err}"
+        return result
+
+    def run_recipe(self, command: str, *overrides: str, **environment: str) -> Result:
+        return self.run(command, RECIPE, *SMALL, *overrides, **environment)
+
+
+class Trap:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A Hub with what the recipe names, a private data set, a trapped pickle and damaged files."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("hub")
+    data, model, pickled, no_data, no_model, work = (folder / str(number) for number in range(6))
+    lines = SAMPLE.read_bytes().splitlines(keepends=True)[:60]
+    data.mkdir()
+    (data / "README.md").write_text("# Sixty questions\n")
+    (data / "train.jsonl.gz").write_bytes(gzip.compress(b"".join(lines)))
+    write_model(model, [text for line in lines for text in json.loads(line)["answers"]["text"]])
+
+    shutil.copytree(model, pickled)
+    (pickled / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Trap(folder / "sprung")}, pickled / "pytorch_model.bin")
+    torch.load(pickled / "pytorch_model.bin", weights_only=False)
+    (folder / "sprung").unlink()  # the trap works
+
+    no_data.mkdir()
+    (no_data / "train.jsonl").write_text('{"answers": {"text": ["one"]}}\n{"answers": \n')
+    shutil.copytree(model, no_model)
+    (no_model / "model.safetensors").write_bytes(b"<html>")
+
+    models = {MODEL: model, PICKLED: pickled, DAMAGED: no_model}
+    datasets = {DATA: data, PRIVATE: data, DAMAGED: no_data}
+    work.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING_FACE_"))]:
+            patch.delenv(name)  # whoever runs the tests may have a token and caches
+        with LocalHub(models, datasets, private=[PRIVATE]) as hub:
+            yield Workplace(work, hub)
+
+
+def write_model(folder: Path, texts: list[str]) -> None:
+    """A GPT-2 of some 26,000 random weights, with its tokenizer."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from clm_dist.data.tokenize import token_ids, train_tokenizer
+
+    tokenizer = train_tokenizer(texts, 300)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=128, **token_ids(tokenizer))
+    GPT2LMHeadModel(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def prepared(place):
+    """The recipe's data prepared in `place`; what the command said."""
+    result = place.run_recipe("prepare")
+    assert result.code == 0, result.err
+    return result
+
+
+def assert_refused(result: Result, named: str) -> None:
+    assert result.code == 2, result.err
+    assert "Traceback" not in result.err
+    assert named in result.err
+
+
+def test_prepare_records_the_commit_of_the_data_set(place, prepared):
+    manifest = json.loads((place.folder / "prepared" / "manifest.json").read_text())
+    assert manifest["source_identity"]["revision"] == place.hub.repositories["dataset", DATA].commit
+    documents = {name: counts["documents"] for name, counts in manifest["splits"].items()}
+    assert documents == {"train": 48, "eval": 12}  # of 60, a fifth held out
+
+
+def test_prepare_shows_no_progress_bar_of_a_library(prepared):
+    assert "examples/s" not in prepared.err
+
+
+def test_prepare_again_is_a_no_op(place, prepared):
+    again = place.run_recipe("prepare")
+    assert (again.code, again.out.split(",")[0]) == (0, "already prepared"), again.err
+
+
+def test_prepare_again_is_a_no_op_without_the_hub(place, prepared):
+    """As on a compute node: what was fetched is known to be what was prepared."""
+    again = place.run_recipe("prepare", HF_HUB_OFFLINE="1")
+    assert (again.code, again.out.split(",")[0]) == (0, "already prepared"), again.err
+
+
+def test_train_starts_from_the_weights_on_the_hub(place, prepared):
+    trained = place.run_recipe("train")
+    assert trained.code == 0, trained.err
+    assert (place.folder / "run" / "model" / "model.safetensors").is_file()
+    measured = place.run_recipe("evaluate", "--model", MODEL, "--output", "hub.json")
+    assert measured.code == 0, measured.err
+    before = next(row for row in read_rows(place.folder / "run" / "metrics.jsonl") if "eval/loss" in row)
+    assert before["step"] == 0
+    of_the_hub = json.loads((place.folder / "hub.json").read_text())
+    assert of_the_hub["eval/loss"] == pytest.approx(before["eval/loss"], rel=1e-6)
+
+
+def test_generate_continues_a_prompt(place, prepared):
+    result = place.run("generate", MODEL, "--prompt", "The sky is", "generate.max_new_tokens=5")
+    assert result.code == 0, result.err
+    assert result.out.startswith("The sky is")
+    assert len(result.out.strip()) > len("The sky is")
+
+
+@pytest.mark.parametrize(
+    ("command", "override"),
+    [
+        ("prepare", f"data.source={NOTHING}"),
+        ("prepare", "data.source=no name"),
+        ("prepare", f"model.name={NOTHING}"),
+        ("train", f"model.name={NOTHING}"),
+    ],
+)
+def test_a_name_that_does_not_exist_is_refused(place, prepared, tmp_path, command, override):
+    """Before anything is written, and before data is fetched in vain: the cache is a new one."""
+    before, asked = sorted(place.folder.iterdir()), len(place.hub.log)
+    target = {"prepare": "data.prepared_dir=other", "train": f"data.tokenizer={MODEL}"}[command]
+    result = place.run_recipe(command, override, target, "run_dir=other", HF_HOME=str(tmp_path))
+    assert_refused(result, override.split("=")[1])
+    assert sorted(place.folder.iterdir()) == before
+    assert not [request for request in place.hub.log[asked:] if "train.jsonl" in request]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("prepare", RECIPE, *SMALL, f"data.source={DAMAGED}", "data.prepared_dir=other"),
+        ("generate", DAMAGED, "--prompt", "The sky"),
+    ],
+    ids=["data", "model"],
+)
+def test_a_damaged_repository_is_one_message(place, arguments):
+    assert_refused(place.run(*arguments), DAMAGED)
+    assert not (place.folder / "other").exists()
+
+
+def test_a_private_data_set_needs_a_token_that_is_written_nowhere(place):
+    settings = [f"data.source={PRIVATE}", "data.prepared_dir=secret/prepared", "run_dir=secret/run"]
+    for command in ("prepare", "train"):
+        result = place.run_recipe(command, *settings, HF_TOKEN=TOKEN)
+        assert result.code == 0, result.err
+        assert TOKEN not in result.out + result.err
+    files = [path for path in (place.folder / "secret").rglob("*") if path.is_file()]
+    assert {"manifest.json", "environment.json", "README.md"} <= {path.name for path in files}
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
+
+    # `datasets` would now give its cached copy to whoever may not read the set any more
+    before = sorted(place.folder.iterdir())
+    without = place.run_recipe("prepare", f"data.source={PRIVATE}", "data.prepared_dir=other")
+    assert_refused(without, PRIVATE)
+    assert "HF_TOKEN" in without.err
+    assert sorted(place.folder.iterdir()) == before
+
+
+def test_a_pickle_is_neither_executed_nor_sent_away_for_conversion(place, prepared):
+    """transformers would have a public service convert it, and load what that proposes to its owner."""
+    result = place.run_recipe("train", f"model.name={PICKLED}", f"data.tokenizer={MODEL}", "run_dir=other")
+    assert_refused(result, PICKLED)
+    assert "safetensors" in result.err
+    assert not (place.folder / "other").exists()
+    assert not (place.folder.parent / "sprung").exists()
+    assert not [request for request in place.hub.log if "pytorch_model.bin" in request]
+
+
+def test_a_hub_that_does_not_answer_is_one_message(place, prepared):
+    with LocalHub({}, {}) as gone:
+        pass
+    before = sorted(place.folder.iterdir())
+    assert_refused(place.run_recipe("prepare", "data.prepared_dir=other", HF_ENDPOINT=gone.url), DATA)
+    assert sorted(place.folder.iterdir()) == before

@@ -1,0 +1,41 @@
+"""Launches that went wrong are refused before anything starts."""
+
+import pytest
+
+from clm_dist.errors import UserError
+from clm_dist.training.runtime import check_launch
+
+LAUNCHED = {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_MIXED_PRECISION": "no"}
+
+
+@pytest.mark.parametrize(
+    ("precision", "environment", "needle"),
+    [
+        ("no", {"ACCELERATE_MIXED_PRECISION": "bf16"}, "the launcher says mixed_precision=bf16, the recipe .*=no"),
+        ("no", {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "launcher says gradient_accumulation_steps=4"),
+        ("no", {**LAUNCHED, "MASTER_ADDR": "127.0.0.1"}, "told to start several processes but started one"),
+    ],
+)
+def test_disagreements_with_the_launcher(precision, environment, needle):
+    with pytest.raises(UserError, match=needle):
+        check_launch(precision, environment)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        LAUNCHED,
+        {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"},
+        {"MASTER_ADDR": "node1"},  # a batch script's own variable, without Accelerate's launcher
+        {**LAUNCHED, "ACCELERATE_MIXED_PRECISION": "bf16"},
+    ],
+)
+def test_launches_that_are_right(environment):
+    check_launch("bf16", environment)
+
+
+def test_fp16_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="fp16 needs a GPU; set train.mixed_precision=bf16 or no"):
+        check_launch("fp16", {})

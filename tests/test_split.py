@@ -1,0 +1,44 @@
+"""Which documents are held out."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clm_dist.data.split import document_key, held_out_below
+
+
+def held_out(texts, fraction, seed=0):
+    keys = np.array([document_key(text, seed) for text in texts], dtype=np.uint64)
+    bound = held_out_below(keys, fraction)
+    return [text for text, key in zip(texts, keys.tolist(), strict=True) if key < bound]
+
+
+def test_the_share_is_exact():
+    texts = [f"document {n}" for n in range(1000)]
+    assert len(held_out(texts, 0.2)) == 200
+    assert len(held_out(texts, 0.001)) == 1
+    assert held_out(texts, 0) == []
+
+
+def test_a_tiny_set_still_has_both_sides():
+    assert len(held_out(["a", "b"], 0.01)) == 1
+    assert len(held_out(["a", "b", "c"], 0.99)) == 2
+    assert held_out(["a"], 0.5) == []  # one document: all of it is for training
+
+
+@given(st.lists(st.text(max_size=8), min_size=2, max_size=60), st.floats(0.01, 0.9), st.randoms())
+def test_copies_stay_together_and_the_order_of_files_is_nothing(texts, fraction, random):
+    first = set(held_out(texts, fraction))
+    shuffled = list(texts)
+    random.shuffle(shuffled)
+    assert set(held_out(shuffled, fraction)) == first
+
+
+def test_the_seed_decides():
+    texts = [f"document {n}" for n in range(100)]
+    assert set(held_out(texts, 0.2, seed=1)) != set(held_out(texts, 0.2, seed=2))
+
+
+def test_the_key_never_changes():
+    """Written down once: another key would move documents from training into evaluation."""
+    assert document_key("Why is the sky blue?", 42) == 16386143471034800989
