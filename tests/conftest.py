@@ -17,8 +17,13 @@ SAMPLE = ROOT / "recipes" / "eli5_sample.jsonl"
 TINY_MODEL = {
     "type": "gpt2",
     "config": {
-        **{"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64},
-        **{"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+        "n_layer": 2,
+        "n_embd": 32,
+        "n_head": 2,
+        "n_positions": 64,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
     },
 }
 
@@ -70,9 +75,28 @@ def execute(
 
 def write_documents(path: Path, count: int = 120, seed: int = 0) -> Path:
     """A .jsonl of short texts made of few words: learnable, and different in length."""
-    words = (
-        "the cat dog bird tree house water fire runs sees likes finds under over near every small big red blue".split()
-    )
+    words = [
+        "the",
+        "cat",
+        "dog",
+        "bird",
+        "tree",
+        "house",
+        "water",
+        "fire",
+        "runs",
+        "sees",
+        "likes",
+        "finds",
+        "under",
+        "over",
+        "near",
+        "every",
+        "small",
+        "big",
+        "red",
+        "blue",
+    ]
     draw = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):

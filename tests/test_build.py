@@ -59,7 +59,7 @@ def test_positions_and_vocabulary_at_once():
 def test_a_folder_without_weights(tmp_path):
     built = model_configuration(ModelConfig(type="gpt2", config=SMALL), IDS)
     built.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="holds no weights.*set model.from_scratch=true"):
+    with pytest.raises(UserError, match=r"holds no weights.*set model.from_scratch=true"):
         load_model(str(tmp_path))
     config = ModelConfig(name=str(tmp_path), from_scratch=True)
     model = build_model(config, model_configuration(config, IDS), 0)

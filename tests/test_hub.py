@@ -23,7 +23,7 @@ SMALL = (
     *("run_dir=run", "data.prepared_dir=prepared", "data.block_size=32"),
     *("train.max_steps=3", "train.epochs=null", "generate.max_new_tokens=5"),
 )
-DISPENSABLE = "/api/agent-harnesses"  # huggingface_hub asks for it where it sees fit, and does well without
+DISPENSABLE = "/api/agent-harnesses"  # huggingface_hub asks for it at most once a day, and does without
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Workplace:
         """`clm-dist COMMAND`, which may ask the Hub only for what the stand-in knows."""
         self.hub.unknown.clear()
         here = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.folder / "hf"), "NO_PROXY": "127.0.0.1"}
-        here |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        here |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
         result = run_command(command, *arguments, cwd=self.folder, env={**here, **environment})
         unexpected = set(self.hub.unknown) - {DISPENSABLE}
         assert not unexpected, f"{command} asked the Hub for {unexpected}\n{result.err}"
@@ -139,6 +139,13 @@ def test_prepare_again_is_a_no_op_without_the_hub(place, prepared):
     """As on a compute node: what was fetched is known to be what was prepared."""
     again = place.run_recipe("prepare", HF_HUB_OFFLINE="1")
     assert (again.code, again.out.split(",")[0]) == (0, "already prepared"), again.err
+
+
+def test_without_the_hub_another_commit_is_refused(place, prepared):
+    """`datasets` gives the newest cached copy, whatever commit was asked for."""
+    other = ("data.revision=" + "0" * 40, "data.prepared_dir=other")
+    assert_refused(place.run_recipe("prepare", *other, HF_HUB_OFFLINE="1"), DATA)
+    assert not (place.folder / "other").exists()
 
 
 def test_train_starts_from_the_weights_on_the_hub(place, prepared):

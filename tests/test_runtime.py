@@ -37,5 +37,5 @@ def test_launches_that_are_right(environment):
 
 def test_fp16_needs_a_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(UserError, match="fp16 needs a GPU; set train.mixed_precision=bf16 or no"):
+    with pytest.raises(UserError, match=r"fp16 needs a GPU; set train.mixed_precision=bf16 or no"):
         check_launch("fp16", {})

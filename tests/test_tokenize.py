@@ -49,7 +49,7 @@ def test_special_tokens_of_the_tokenizer_stay_out():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
     [(count, ids)] = tokenize(["a b", "b"], tokenizer, append_eos=False)
     assert (count, ids.tolist()) == (2, [1, 2, 2])
-    with pytest.raises(UserError, match="has no end-of-text token; set data.append_eos=false"):
+    with pytest.raises(UserError, match=r"has no end-of-text token; set data.append_eos=false"):
         list(tokenize(["a"], tokenizer, append_eos=True))
 
 

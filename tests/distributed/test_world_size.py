@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
     done = run_command("prepare", folder / "recipe.yaml")
     assert done.code == 0, done.err
     blocks = json.loads((folder / "prepared" / "manifest.json").read_text())["splits"]["train"]["blocks"]
-    assert blocks % GLOBAL_BATCH and 8 * GLOBAL_BATCH > blocks  # steps straddle an epoch's end
+    assert blocks % GLOBAL_BATCH and blocks < 8 * GLOBAL_BATCH  # steps straddle an epoch's end
     return folder
 
 

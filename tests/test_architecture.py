@@ -1,0 +1,127 @@
+"""The shape of the house: who may import whom, and how long a chapter is. docs/architecture.md says the same."""
+
+import ast
+import re
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "clm_dist"
+FILES = sorted(PACKAGE.rglob("*.py"))
+BASE = {"config", "errors", "recipe", "versions"}  # the ground floor, known to everybody
+# Imports point down: what each wing may know beside the ground floor.
+MAY_KNOW = {
+    "data": set(),
+    "model": set(),
+    "publish": set(),
+    "training": {"data", "model", "publish"},
+    "commands": {"data", "model", "training", "publish"},
+    "cli": {"commands"},
+    "__main__": {"cli"},
+}
+PURE = [
+    "config.py",
+    "errors.py",
+    "recipe.py",
+    "data/order.py",
+    "data/split.py",
+    "training/schedule.py",
+    "training/plan.py",
+]
+
+
+def wing(path):
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imports(path):
+    """(module, line) of every import in a file, those inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    own = wing(path)
+    if own == "__init__":
+        return
+    for module, line in imports(path):
+        parts = module.split(".")
+        if parts[0] != "clm_dist" or len(parts) < 2:
+            continue
+        known = parts[1]
+        allowed = {own, *BASE, *MAY_KNOW.get(own, set()), "__version__"}
+        assert known in allowed, f"{path.name}:{line} imports {module}; {own} may know {sorted(allowed)}"
+
+
+def test_the_page_shows_these_imports():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|$", page, re.MULTILINE))
+    shown = {name: set(re.findall(r"`(\w+)`", may)) for name, may in rows.items()}
+    assert shown == {name: may for name, may in MAY_KNOW.items() if name != "__main__"}
+
+
+def test_the_page_names_every_file():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for path in FILES:
+        if path.name != "__init__.py":
+            assert f"`{path.name}`" in page, path.name
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_chapters_know_no_torch(name):
+    heavy = {"torch", "accelerate", "transformers", "datasets", "pyarrow"}
+    assert not heavy & {module.split(".")[0] for module, _ in imports(PACKAGE / name)}
+
+
+@pytest.mark.parametrize("wing_name", ["data", "model"])
+def test_only_training_and_publish_ask_which_process_they_are(wing_name):
+    for path in (PACKAGE / wing_name).glob("*.py"):
+        assert not re.search(r"is_main_process|process_index|torch\.distributed|LOCAL_RANK", path.read_text()), path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_chapters_are_short_and_documented(path):
+    tree = ast.parse(path.read_text())
+    assert path.read_text().count("\n") <= 300
+    assert ast.get_docstring(tree) or path.name == "__main__.py"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            if not node.name.startswith("_") and node in tree.body:
+                assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name} is long"
+
+
+def test_the_loop_is_a_page():
+    tree = ast.parse((PACKAGE / "training" / "train.py").read_text())
+    train = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
+    loop = next(node for node in train.body if isinstance(node, ast.For))
+    assert train.end_lineno - train.lineno + 1 <= 50
+    assert loop.end_lineno - loop.lineno + 1 <= 40
+
+
+def test_nothing_happens_on_import():
+    """Top-level statements are definitions, imports and constants."""
+    for path in FILES:
+        if path.name == "__main__.py":
+            continue
+        for node in ast.parse(path.read_text()).body:
+            fine = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.If)
+            assert isinstance(node, fine) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)), path
+
+
+def test_collectives_never_stand_under_a_question_of_rank():
+    """`if is_main_process: reduce(...)` hangs the others."""
+    collectives = {"reduce", "gather", "gather_for_metrics", "wait_for_everyone", "all_reduce", "barrier", "broadcast"}
+    collectives |= {"get_state_dict", "evaluate", "export", "read"}
+    for path in (PACKAGE / "training").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.If) and "is_main_process" in ast.unparse(node.test):
+                for call in (c for statement in node.body for c in ast.walk(statement) if isinstance(c, ast.Call)):
+                    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+                    assert name not in collectives, f"{path.name}:{call.lineno} {name} under is_main_process"

@@ -1,0 +1,68 @@
+"""What is shipped beside the code works too: YAML, scripts, packaging, the sentence about secrets."""
+
+import re
+import subprocess
+
+import pytest
+import yaml
+from conftest import ROOT, run_command
+
+SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / ".ci" / "run"])
+CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts(path):
+    text = path.read_text()
+    assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+    shellcheck = subprocess.run(["shellcheck", path], capture_output=True, text=True, check=False)
+    assert shellcheck.returncode == 0, shellcheck.stdout
+    assert "set -euo pipefail" in text and text.count("\n") < 60
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_accelerate_configs_say_where_and_never_what(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    load_config_from_file(str(path))
+    values = yaml.safe_load(path.read_text())
+    owned_by_the_recipe = {"mixed_precision", "gradient_accumulation_steps", "gradient_clipping", "downcast_bf16"}
+    assert not owned_by_the_recipe & set(values)
+    assert values["distributed_type"] != "MULTI_CPU"  # which would start one process
+    assert path.read_text().startswith("#")
+
+
+def test_local_sh_says_how_to_use_it():
+    done = subprocess.run(["bash", ROOT / "launch" / "local.sh"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Usage: launch/local.sh RECIPE" in done.stderr
+
+
+def test_every_dependency_is_pinned_for_the_two_commands():
+    project = (ROOT / "pyproject.toml").read_text()
+    names = {name.lower().replace("_", "-") for name in re.findall(r'"([A-Za-z][\w-]*)>=[\d.]+"', project)}
+    names |= {"types-pyyaml", "types-tqdm"}
+    names.discard("setuptools")
+    pins = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    }
+    assert names <= pins, names - pins
+    assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text()
+
+
+def test_templates_are_packaged():
+    assert 'clm_dist = ["publish/templates/*"]' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_a_misspelt_key_shows_the_way(tmp_path):
+    done = run_command("train", ROOT / "recipes" / "demo.yaml", "train.epoch=1")
+    assert done.code == 2 and "unknown key train.epoch; did you mean train.epochs?" in done.err
+
+
+def test_the_repository_speaks_of_the_project_alone():
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    for name in filter(None, tracked.split("\0")):
+        text = (ROOT / name).read_text(encoding="utf-8", errors="replace")
+        if name != "tests/test_shipped.py":
+            assert "/work/" not in text and "/root/" not in text, name
