@@ -95,12 +95,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "YAML recipe, or a run's config.yaml",
     )
     sub.add_argument("--model", help="model folder or Hub id (default: the recipe's run_dir/model)")
+    sub.add_argument("--revision", help="commit or tag of --model on the Hub (default: the newest)")
     sub.add_argument(
         "--output",
         help="JSON file for the figures (default for the run's own model: run_dir/evaluation.json)",
     )
     sub = command("generate", "text from a model", "MODEL", "model folder or Hub id", with_settings=False)
     sub.add_argument("overrides", nargs="*", metavar="generate.field=value", help="e.g. generate.top_k=40")
+    sub.add_argument("--revision", help="commit or tag of MODEL on the Hub (default: the newest)")
     sub.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
     sub.add_argument("--prompts-file", help="file with one prompt a line")
     sub.add_argument("--output", help="write JSON lines {prompt, text} here instead of the terminal")

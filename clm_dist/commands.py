@@ -40,7 +40,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     name = args.model or str(Path(config.run_dir) / "model")
     output = args.output or (None if args.model else str(Path(config.run_dir) / "evaluation.json"))
-    evaluate_model(config, name, output)
+    evaluate_model(config, name, args.revision, output)
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -55,8 +55,8 @@ def generate(args: argparse.Namespace) -> None:
     from clm_dist.model.generate import generate as generate_text
     from clm_dist.model.generate import saved_settings
 
-    model: Any = load_model(args.model)
-    tokenizer = load_tokenizer(args.model)
+    model: Any = load_model(args.model, revision=args.revision)
+    tokenizer = load_tokenizer(args.model, args.revision)
     settings = saved_settings(model, overrides)
     model.to(_device())
     if args.output is None:
@@ -132,7 +132,7 @@ def quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("datasets").setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a data set without a card is a data set
 
 
 def _device() -> Any:

@@ -113,6 +113,13 @@ def prepared(place):
     return result
 
 
+@pytest.fixture
+def target(tmp_path):
+    """A folder that a refused command was to write, and did not, nor anything beside it."""
+    yield tmp_path / "target"
+    assert not list(tmp_path.iterdir())
+
+
 def assert_refused(result: Result, named: str) -> None:
     assert result.code == 2, result.err
     assert "Traceback" not in result.err
@@ -141,11 +148,10 @@ def test_prepare_again_is_a_no_op_without_the_hub(place, prepared):
     assert (again.code, again.out.split(",")[0]) == (0, "already prepared"), again.err
 
 
-def test_without_the_hub_another_commit_is_refused(place, prepared):
+def test_without_the_hub_another_commit_is_refused(place, prepared, target):
     """`datasets` gives the newest cached copy, whatever commit was asked for."""
-    other = ("data.revision=" + "0" * 40, "data.prepared_dir=other")
+    other = ("data.revision=" + "0" * 40, f"data.prepared_dir={target}")
     assert_refused(place.run_recipe("prepare", *other, HF_HUB_OFFLINE="1"), DATA)
-    assert not (place.folder / "other").exists()
 
 
 def test_train_starts_from_the_weights_on_the_hub(place, prepared):
@@ -176,30 +182,25 @@ def test_generate_continues_a_prompt(place, prepared):
         ("train", f"model.name={NOTHING}"),
     ],
 )
-def test_a_name_that_does_not_exist_is_refused(place, prepared, tmp_path, command, override):
+def test_a_name_that_does_not_exist_is_refused(place, prepared, target, tmp_path_factory, command, override):
     """Before anything is written, and before data is fetched in vain: the cache is a new one."""
-    before, asked = sorted(place.folder.iterdir()), len(place.hub.log)
-    target = {"prepare": "data.prepared_dir=other", "train": f"data.tokenizer={MODEL}"}[command]
-    result = place.run_recipe(command, override, target, "run_dir=other", HF_HOME=str(tmp_path))
-    assert_refused(result, override.split("=")[1])
-    assert sorted(place.folder.iterdir()) == before
+    asked, cache = len(place.hub.log), str(tmp_path_factory.mktemp("cache"))
+    settings = [override, f"run_dir={target}"]
+    settings += [f"data.prepared_dir={target}" if command == "prepare" else f"data.tokenizer={MODEL}"]
+    assert_refused(place.run_recipe(command, *settings, HF_HOME=cache), override.split("=")[1])
     assert not [request for request in place.hub.log[asked:] if "train.jsonl" in request]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("prepare", RECIPE, *SMALL, f"data.source={DAMAGED}", "data.prepared_dir=other"),
-        ("generate", DAMAGED, "--prompt", "The sky"),
-    ],
-    ids=["data", "model"],
-)
-def test_a_damaged_repository_is_one_message(place, arguments):
-    assert_refused(place.run(*arguments), DAMAGED)
-    assert not (place.folder / "other").exists()
+def test_damaged_data_is_one_message(place, target):
+    settings = (f"data.source={DAMAGED}", f"data.prepared_dir={target}")
+    assert_refused(place.run_recipe("prepare", *settings), DAMAGED)
 
 
-def test_a_private_data_set_needs_a_token_that_is_written_nowhere(place):
+def test_damaged_weights_are_one_message(place):
+    assert_refused(place.run("generate", DAMAGED, "--prompt", "The sky"), DAMAGED)
+
+
+def test_a_private_data_set_needs_a_token_that_is_written_nowhere(place, target):
     settings = [f"data.source={PRIVATE}", "data.prepared_dir=secret/prepared", "run_dir=secret/run"]
     for command in ("prepare", "train"):
         result = place.run_recipe(command, *settings, HF_TOKEN=TOKEN)
@@ -210,26 +211,22 @@ def test_a_private_data_set_needs_a_token_that_is_written_nowhere(place):
     assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
 
     # `datasets` would now give its cached copy to whoever may not read the set any more
-    before = sorted(place.folder.iterdir())
-    without = place.run_recipe("prepare", f"data.source={PRIVATE}", "data.prepared_dir=other")
+    without = place.run_recipe("prepare", f"data.source={PRIVATE}", f"data.prepared_dir={target}")
     assert_refused(without, PRIVATE)
     assert "HF_TOKEN" in without.err
-    assert sorted(place.folder.iterdir()) == before
 
 
-def test_a_pickle_is_neither_executed_nor_sent_away_for_conversion(place, prepared):
+def test_a_pickle_is_neither_executed_nor_sent_away_for_conversion(place, prepared, target):
     """transformers would have a public service convert it, and load what that proposes to its owner."""
-    result = place.run_recipe("train", f"model.name={PICKLED}", f"data.tokenizer={MODEL}", "run_dir=other")
+    settings = (f"model.name={PICKLED}", f"data.tokenizer={MODEL}", f"run_dir={target}")
+    result = place.run_recipe("train", *settings)
     assert_refused(result, PICKLED)
     assert "safetensors" in result.err
-    assert not (place.folder / "other").exists()
     assert not (place.folder.parent / "sprung").exists()
     assert not [request for request in place.hub.log if "pytorch_model.bin" in request]
 
 
-def test_a_hub_that_does_not_answer_is_one_message(place, prepared):
+def test_a_hub_that_does_not_answer_is_one_message(place, prepared, target):
     with LocalHub({}, {}) as gone:
         pass
-    before = sorted(place.folder.iterdir())
-    assert_refused(place.run_recipe("prepare", "data.prepared_dir=other", HF_ENDPOINT=gone.url), DATA)
-    assert sorted(place.folder.iterdir()) == before
+    assert_refused(place.run_recipe("prepare", f"data.prepared_dir={target}", HF_ENDPOINT=gone.url), DATA)

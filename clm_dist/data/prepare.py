@@ -47,10 +47,12 @@ def prepare(config: Config) -> None:
     """Writes data.prepared_dir, or says that it is there already. Nothing half-written is ever left under that name."""
     target = Path(config.data.prepared_dir)
     source = open_source(config.data)
+    # before the data, which may be large: a wrong name is told before it is fetched
+    tokenizer = None if config.data.tokenizer_vocab_size else _load_tokenizer(config)
     identity = source.identity()
     if (target / MANIFEST).exists():
         manifest = read_manifest(config.data.prepared_dir)
-        check_fits(manifest, config, identity, _wanted_tokenizer_sha256(config, manifest))
+        check_fits(manifest, config, identity, _wanted_tokenizer_sha256(config, manifest, tokenizer))
         print(f"already prepared, nothing to do: {target} holds just this")
         announce(manifest, target)
         return
@@ -59,7 +61,6 @@ def prepare(config: Config) -> None:
             f"data.prepared_dir={target} exists and was not written by prepare; choose another folder or empty this one"
         )
     # what can be refused is refused before anything is written
-    tokenizer = None if config.data.tokenizer_vocab_size else _load_tokenizer(config)
     splits, empty = scan(config, source)
     if tokenizer is None:
         assert config.data.tokenizer_vocab_size is not None
@@ -93,7 +94,7 @@ def open_prepared(config: Config) -> Manifest:
     if manifest.source != config.data.source:
         identity = open_source(config.data).identity()
     if manifest.tokenizer != tokenize.tokenizer_name(config):
-        sha256 = _wanted_tokenizer_sha256(config, manifest)
+        sha256 = _wanted_tokenizer_sha256(config, manifest, None)
     check_fits(manifest, config, identity, sha256)
     return manifest
 
@@ -207,9 +208,9 @@ def announce(manifest: Manifest, target: Path) -> None:
     print(f"prepared in {target} (tokenizer: {manifest.tokenizer}, {manifest.vocab_size:,} tokens)")
 
 
-def _wanted_tokenizer_sha256(config: Config, manifest: Manifest) -> str:
+def _wanted_tokenizer_sha256(config: Config, manifest: Manifest, tokenizer: Any) -> str:
     if config.data.tokenizer_vocab_size is None:
-        return tokenize.tokenizer_sha256(_load_tokenizer(config))
+        return tokenize.tokenizer_sha256(tokenizer or _load_tokenizer(config))
     if manifest.tokenizer == tokenize.tokenizer_name(config):
         return manifest.tokenizer_sha256  # trained on the same documents by the same rule: the same
     return "unknown before training a " + tokenize.tokenizer_name(config)

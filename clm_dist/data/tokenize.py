@@ -25,7 +25,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"cannot load a tokenizer from {name}: {' '.join(str(error).split())[:300]}; "
-            "give a folder with tokenizer.json or a Hub id as data.tokenizer"
+            "give a folder with tokenizer.json or a Hub id as data.tokenizer (HF_TOKEN for a private one)"
         ) from None
 
 

@@ -1,5 +1,6 @@
 """A causal language model by name or from scratch, checked against the data before any weight is loaded."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def load_configuration(name: str, revision: str | None = None, trust_remote_code
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot load a model configuration from {name}: {' '.join(str(error).split())[:300]}; "
-            "give a folder with config.json or a Hub id"
+            "give a folder with config.json or a Hub id (HF_TOKEN for a private one)"
         ) from None
 
 
@@ -107,8 +108,11 @@ def load_model(
     name: str, built: Any = None, revision: str | None = None, trust_remote_code: bool = False
 ) -> torch.nn.Module:
     """A model with its weights from a folder or Hub id, in fp32. Safetensors only: a pickle could run code of others."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    # else transformers has a Space convert a pickle and loads what that proposes to the repository's owner
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     folder = Path(name)
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise UserError(
@@ -124,7 +128,7 @@ def load_model(
             dtype=torch.float32,
             use_safetensors=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"cannot load a causal language model from {name}: {' '.join(str(error).split())[:300]}; "
             "check the name, or set HF_TOKEN for a private model"

@@ -13,7 +13,7 @@ from clm_dist.training.meter import figures
 from clm_dist.training.runtime import check_launch, finish, start
 
 
-def evaluate_model(config: Config, name: str, output: str | None) -> Evaluation:
+def evaluate_model(config: Config, name: str, revision: str | None, output: str | None) -> Evaluation:
     """Measures the model `name` on the held-out blocks of the recipe. Every rank must call this.
 
     Prints the figures and, where `output` is given, saves them by `evaluate.save` (with time, commit and versions).
@@ -25,16 +25,17 @@ def evaluate_model(config: Config, name: str, output: str | None) -> Evaluation:
         raise UserError(f"{config.data.prepared_dir} holds no text to evaluate on; prepare with data.eval_fraction=0.2")
     if not Path(name).exists() and name == str(Path(config.run_dir) / "model"):
         raise UserError(f"{name} does not exist; train first, or name a model folder or Hub id by --model")
-    built = load_configuration(name, trust_remote_code=config.model.trust_remote_code)
+    trust = config.model.trust_remote_code
+    built = load_configuration(name, revision, trust)
     check_fits(built, config.data.block_size, manifest.vocab_size, name)
-    sha256 = tokenizer_sha256(load_tokenizer(name, trust_remote_code=config.model.trust_remote_code))
+    sha256 = tokenizer_sha256(load_tokenizer(name, revision, trust))
     if sha256 != manifest.tokenizer_sha256:
         raise UserError(
             f"{name} has another tokenizer (sha256 {sha256[:12]}) than the data was prepared with ({manifest.tokenizer}, "
             f"{manifest.tokenizer_sha256[:12]}); prepare again with data.tokenizer={name} and another data.prepared_dir"
         )
     accelerator = start(config.train.mixed_precision)
-    model = load_model(name, built, trust_remote_code=config.model.trust_remote_code)
+    model = load_model(name, built, revision, trust)
     model.config.use_cache = False  # type: ignore[union-attr]  # a cache of keys and values serves generation only
     model = accelerator.prepare_model(model, evaluation_mode=True)
     result = evaluate(accelerator, model, blocks, config.evaluate.micro_batch_size, manifest.tokens_per_byte("eval"))

@@ -41,8 +41,11 @@ def check_free(run_dir: str, overwrite: bool) -> None:
         )
 
 
-def create(config: Config, accelerator: Any) -> Path:
-    """Empties and fills the run folder. On the main process, after every rank has passed `check_free`."""
+def create(config: Config, accelerator: Any, base_model_commit: str | None) -> Path:
+    """Empties and fills the run folder. On the main process, after every rank has passed `check_free`.
+
+    base_model_commit: what `model.name` resolved to on the Hub; None for a folder or a model from scratch.
+    """
     folder = Path(config.run_dir)
     for name in CONTENTS:
         path = folder / name
@@ -52,7 +55,8 @@ def create(config: Config, accelerator: Any) -> Path:
             path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(recipe.dump(config), encoding="utf-8")
-    (folder / "environment.json").write_text(json.dumps(environment(accelerator), indent=2) + "\n", encoding="utf-8")
+    facts = {**environment(accelerator), "base_model_commit": base_model_commit}
+    (folder / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
@@ -74,8 +78,15 @@ def environment(accelerator: Any) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of this package's source, with a mark where files differ from it; None outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        git(
+            "ls-files", "--error-unmatch", Path(__file__).name
+        )  # else the repository around an environment would answer
+        return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.SubprocessError):
         return None
