@@ -8,6 +8,7 @@ repository is one commit, called `main` and by its hash, of the files in a folde
 No writing, no xet.
 """
 
+import gzip
 import hashlib
 import json
 import re
@@ -17,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from conftest import SAMPLE
 
 Folders = dict[str, Path]  # by the repository's name, "owner/name"
 TOKEN = "hf_stand_in_of_the_tests"
@@ -143,3 +146,29 @@ def _entry(name: str, content: bytes) -> dict[str, Any]:
 
 def _sha1(content: bytes) -> str:
     return hashlib.sha1(content).hexdigest()
+
+
+def write_data(folder: Path) -> None:
+    """A data set repository: sixty questions of the shipped sample."""
+    folder.mkdir()
+    (folder / "README.md").write_text("# Sixty questions\n")
+    (folder / "train.jsonl.gz").write_bytes(gzip.compress(b"".join(_sixty_questions())))
+
+
+def write_model(folder: Path) -> None:
+    """A model repository: a GPT-2 of some 30,000 random weights, with its tokenizer."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from clm_dist.data.tokenize import token_ids, train_tokenizer
+
+    texts = [text for line in _sixty_questions() for text in json.loads(line)["answers"]["text"]]
+    tokenizer = train_tokenizer(texts, 300)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=256, **token_ids(tokenizer))
+    GPT2LMHeadModel(config).save_pretrained(folder)
+
+
+def _sixty_questions() -> list[bytes]:
+    return SAMPLE.read_bytes().splitlines(keepends=True)[:60]

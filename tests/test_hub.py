@@ -3,7 +3,6 @@
 Each command is a process of its own: the libraries read HF_ENDPOINT and HF_HOME when they are imported.
 """
 
-import gzip
 import json
 import os
 import shutil
@@ -12,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SAMPLE, Result, read_rows, run_command
-from local_hub import TOKEN, LocalHub
+from conftest import ROOT, Result, read_rows, run_command
+from local_hub import TOKEN, LocalHub, write_data, write_model
 
 DATA, MODEL = "dany0407/eli5_category", "distilbert/distilgpt2"  # those that the recipe names
 PRIVATE, PICKLED = "someone/private", "someone/pickled"
@@ -64,11 +63,8 @@ def place(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("hub")
     data, model, pickled, no_data, no_model, work = (folder / str(number) for number in range(6))
-    lines = SAMPLE.read_bytes().splitlines(keepends=True)[:60]
-    data.mkdir()
-    (data / "README.md").write_text("# Sixty questions\n")
-    (data / "train.jsonl.gz").write_bytes(gzip.compress(b"".join(lines)))
-    write_model(model, [text for line in lines for text in json.loads(line)["answers"]["text"]])
+    write_data(data)
+    write_model(model)
 
     shutil.copytree(model, pickled)
     (pickled / "model.safetensors").unlink()
@@ -89,20 +85,6 @@ def place(tmp_path_factory):
             patch.delenv(name)  # whoever runs the tests may have a token and caches
         with LocalHub(models, datasets, private=[PRIVATE]) as hub:
             yield Workplace(work, hub)
-
-
-def write_model(folder: Path, texts: list[str]) -> None:
-    """A GPT-2 of some 26,000 random weights, with its tokenizer."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from clm_dist.data.tokenize import token_ids, train_tokenizer
-
-    tokenizer = train_tokenizer(texts, 300)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=128, **token_ids(tokenizer))
-    GPT2LMHeadModel(config).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

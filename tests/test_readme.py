@@ -1,0 +1,89 @@
+"""Every command of the README runs, in the README's order, in a copy of the repository.
+
+The Hub's place is taken by the local stand-in with a tiny model and data set of the same names, so that what the reader
+types is what runs. `make test` is what runs this.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from local_hub import LocalHub, write_data, write_model
+from test_hub import DATA, MODEL
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line
+]
+
+
+def test_the_readme_shows_commands_for_each_job():
+    for needle in (
+        "make demo",
+        "clm-dist prepare",
+        "accelerate launch",
+        "--num_machines 2",
+        "launch/local.sh",
+        "report",
+    ):
+        assert any(needle in command for command in COMMANDS), needle
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The repository as a reader has it: what git tracks, as it stands here."""
+    folder = tmp_path_factory.mktemp("readme") / "clm-dist"
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, files.split("\0")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def test_every_command_of_the_readme_runs(copy, tmp_path):
+    write_data(tmp_path / "data")
+    write_model(tmp_path / "model")
+    with LocalHub(models={MODEL: tmp_path / "model"}, datasets={DATA: tmp_path / "data"}) as hub:
+        environment = {
+            **{key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": "0",
+            "NO_PROXY": "127.0.0.1",
+        }
+        for command in COMMANDS:
+            if command == "make test":
+                continue  # what runs this
+            run(command, copy, environment)
+    made = {path.name for path in (copy / "runs").iterdir()}
+    assert made == {"demo", "eli5_distilgpt2", "two", "local", "nodes", "watched", "again"}
+    assert (copy / "best.json").is_file() and (copy / "runs" / "demo" / "report.html").is_file()
+    first, again = ((copy / "runs" / name / "metrics.jsonl").read_text() for name in ("watched", "again"))
+    losses = [re.findall(r'"(?:train|eval)/loss": ([\d.]+)', text) for text in (first, again)]
+    assert losses[0] == losses[1] and losses[0]
+
+
+def run(command: str, folder: Path, environment: dict[str, str]) -> None:
+    """One line of the README; a line for each of two nodes is run on both at once, here on one machine."""
+    nodes = range(2) if "$NODE_RANK" in command else [None]
+    processes = []
+    for node in nodes:
+        extra = {} if node is None else {"NODE_RANK": str(node), "MAIN_HOST": "127.0.0.1"}
+        processes.append(
+            subprocess.Popen(
+                ["bash", "-c", command], cwd=folder, env={**environment, **extra},
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+        )  # fmt: skip
+    for process in processes:
+        out, _ = process.communicate(timeout=900)
+        assert process.returncode == 0, f"{command}\n{out}"
