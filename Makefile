@@ -1,7 +1,7 @@
 # Two commands for everybody: `make demo` and `make test`. Both make .venv from Python 3.11 and the pinned constraints.
 PYTHON ?= python3.11
 VENV := .venv
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 
 .PHONY: demo test check test-slow bench clean
 

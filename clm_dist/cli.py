@@ -1,12 +1,14 @@
 """The door: `clm-dist prepare | train | evaluate | generate | report`. Imports no torch."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from clm_dist import __version__
-from clm_dist.errors import EXIT_INTERRUPTED, EXIT_MISCONFIGURED, UserError
+from clm_dist.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISCONFIGURED, UserError
 
 DESCRIPTION = """Train causal language models on many processes: exact order, exact loss, exact perplexity.
 
@@ -18,6 +20,46 @@ DESCRIPTION = """Train causal language models on many processes: exact order, ex
 
 `clm-dist COMMAND --help` shows each command's settings."""
 
+REVISION = {"help": "commit or tag of the model on the Hub (default: the newest)"}
+# command -> summary, what it is given, what that is, options
+COMMANDS: dict[str, tuple[str, str, str, dict[str, dict[str, Any]]]] = {
+    "prepare": ("text to blocks of token ids on disk", "RECIPE", "YAML recipe", {}),
+    "train": (
+        *("train, evaluate each epoch, export", "RECIPE", "YAML recipe"),
+        {
+            "--dry-run": {
+                "action": "store_true",
+                "help": "check everything, print the arithmetic, start nothing (WORLD_SIZE=N: as N processes)",
+            },
+            "--overwrite": {"action": "store_true", "help": "replace the run in run_dir, if there is one"},
+        },
+    ),
+    "evaluate": (
+        *("exact loss and perplexity on the held-out text", "RECIPE", "YAML recipe, or a run's config.yaml"),
+        {
+            "--model": {"help": "model folder or Hub id (default: the recipe's run_dir/model)"},
+            "--revision": REVISION,
+            "--output": {
+                "help": "JSON file for the figures (default, for the run's own model: run_dir/evaluation.json)"
+            },
+        },
+    ),
+    "generate": (
+        *("text from a model", "MODEL", "model folder or Hub id"),
+        {
+            "overrides": {"nargs": "*", "metavar": "generate.field=value", "help": "e.g. generate.top_k=40"},
+            "--prompt": {"action": "append", "default": [], "help": "text to continue; may be given several times"},
+            "--prompts-file": {"help": "file with one prompt a line"},
+            "--revision": REVISION,
+            "--output": {"help": "write JSON lines {prompt, text} here instead of the terminal"},
+            "--seed": {"type": int, "default": 42, "help": "the same seed gives the same text (default 42)"},
+        },
+    ),
+    "report": (
+        *("one self-contained HTML page of a run", "RUN", "run folder"),
+        {"--output": {"help": "HTML file (default: RUN/report.html)"}},
+    ),
+}
 INTERRUPTED = {
     "prepare": "nothing was written",
     "train": "the run folder keeps the metrics and models written so far",
@@ -55,6 +97,13 @@ def main(argv: Sequence[str]) -> int:
             else f"clm-dist {args.command}:\n{error}"
         )
         return EXIT_MISCONFIGURED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        _complain(
+            f"clm-dist {args.command}: error: cannot write {error.filename or 'a file'}: {error.strerror}; mend that"
+        )
+        return EXIT_FAILED
     except KeyboardInterrupt:
         _complain(f"\nclm-dist {args.command}: interrupted; {INTERRUPTED[args.command]}")
         return EXIT_INTERRUPTED
@@ -63,53 +112,20 @@ def main(argv: Sequence[str]) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line. Overrides (section.field=value) may stand anywhere after the command."""
-    parser = argparse.ArgumentParser(
-        prog="clm-dist",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(prog="clm-dist", description=DESCRIPTION, **layout)
     parser.add_argument("--version", action="version", version=f"clm-dist {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    settings = _settings_help() if {"-h", "--help"} & set(argv) else ""
-
-    def command(
-        name: str, summary: str, target: str, meaning: str, with_settings: bool = True
-    ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name, help=summary, description=summary, epilog=settings if with_settings else None, allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+    asked_for_help = bool({"-h", "--help"} & set(argv))
+    for name, (summary, target, meaning, options) in COMMANDS.items():
+        takes_settings = target == "RECIPE"
+        epilog = _settings_help() if takes_settings and asked_for_help else None
+        sub = commands.add_parser(name, help=summary, description=summary, epilog=epilog, **layout)
         sub.add_argument(target.lower(), metavar=target, help=meaning)
-        if with_settings:
+        if takes_settings:
             sub.add_argument("overrides", nargs="*", metavar="section.field=value", help="laid over the recipe")
-        return sub
-
-    command("prepare", "text to blocks of token ids on disk", "RECIPE", "YAML recipe")
-    sub = command("train", "train, evaluate each epoch, export", "RECIPE", "YAML recipe")
-    sub.add_argument("--overwrite", action="store_true", help="replace the run in run_dir, if there is one")
-    sub = command(
-        "evaluate",
-        "exact loss and perplexity on the held-out text",
-        "RECIPE",
-        "YAML recipe, or a run's config.yaml",
-    )
-    sub.add_argument("--model", help="model folder or Hub id (default: the recipe's run_dir/model)")
-    sub.add_argument("--revision", help="commit or tag of --model on the Hub (default: the newest)")
-    sub.add_argument(
-        "--output",
-        help="JSON file for the figures (default for the run's own model: run_dir/evaluation.json)",
-    )
-    sub = command("generate", "text from a model", "MODEL", "model folder or Hub id", with_settings=False)
-    sub.add_argument("overrides", nargs="*", metavar="generate.field=value", help="e.g. generate.top_k=40")
-    sub.add_argument("--revision", help="commit or tag of MODEL on the Hub (default: the newest)")
-    sub.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
-    sub.add_argument("--prompts-file", help="file with one prompt a line")
-    sub.add_argument("--output", help="write JSON lines {prompt, text} here instead of the terminal")
-    sub.add_argument("--seed", type=int, default=42, help="the same seed gives the same text (default 42)")
-    sub = command("report", "one self-contained HTML page of a run", "RUN", "run folder", with_settings=False)
-    sub.add_argument("--output", help="HTML file (default: RUN/report.html)")
-
+        for option, settings in options.items():
+            sub.add_argument(option, **settings)
     args, rest = parser.parse_known_args(argv)
     strangers = [text for text in rest if "=" not in text or text.startswith("-") or not hasattr(args, "overrides")]
     if strangers:

@@ -16,10 +16,12 @@ def prepare(args: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("prepare is one process's work; run `clm-dist prepare RECIPE` without the launcher")
     config = recipe.load(args.recipe, args.overrides)
-    quiet_libraries()
-    _check_positions(config)
+    from clm_dist.data.manifest import MANIFEST
     from clm_dist.data.prepare import prepare as prepare_data
 
+    if not (Path(config.data.prepared_dir) / MANIFEST).exists():  # else there is nothing to do, or a misfit to tell
+        quiet_libraries()
+        _check_positions(config)
     prepare_data(config)
 
 
@@ -27,9 +29,13 @@ def train(args: argparse.Namespace) -> None:
     """Trains on the prepared blocks."""
     config = recipe.load(args.recipe, args.overrides)
     quiet_libraries()
+    from clm_dist.training.train import check
     from clm_dist.training.train import train as train_model
 
-    train_model(config, overwrite=args.overwrite)
+    if args.dry_run:
+        print(check(config, args.overwrite).plan)
+    else:
+        train_model(config, args.overwrite)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -38,6 +44,7 @@ def evaluate(args: argparse.Namespace) -> None:
     quiet_libraries()
     from clm_dist.training.evaluate_command import evaluate_model
 
+    _check_output(args.output, ".json")
     name = args.model or str(Path(config.run_dir) / "model")
     output = args.output or (None if args.model else str(Path(config.run_dir) / "evaluation.json"))
     evaluate_model(config, name, args.revision, output)
@@ -76,6 +83,7 @@ def report(args: argparse.Namespace) -> None:
     """One HTML page of a run."""
     from clm_dist.publish.report import write_report
 
+    _check_output(args.output, ".html")
     path = write_report(Path(args.run), Path(args.output) if args.output else None)
     print(f"report in {path}")
 
@@ -92,9 +100,21 @@ def _prompts(args: argparse.Namespace) -> list[str]:
             raise UserError(f"--prompts-file {path} is not UTF-8 (byte {error.start}); convert it") from None
     if not prompts:
         raise UserError("no prompt; give --prompt TEXT (as often as you like) or --prompts-file FILE")
-    if args.output is not None and Path(args.output).exists():
-        raise UserError(f"--output {args.output} exists; choose another name or remove it")
+    _check_output(args.output, "")
     return prompts
+
+
+def _check_output(output: str | None, suffix: str) -> None:
+    """Refuses a file that exists, or that cannot be written, before any work is done for it."""
+    if output is None:
+        return
+    path = Path(output)
+    if path.exists():
+        raise UserError(f"--output {output} exists; choose another name or remove it")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {path.parent}; make it or choose another place")
+    if not output.endswith(suffix):
+        raise UserError(f"--output {output} does not end in {suffix}; give it that ending")
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:

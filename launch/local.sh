@@ -15,6 +15,7 @@ here="$(cd "$(dirname "$0")/.." && pwd)"
 NUM_PROCESSES="${NUM_PROCESSES:-$(python -c 'import torch; print(max(1, torch.accelerator.device_count()))')}"
 
 clm-dist prepare "$@"
+WORLD_SIZE="$NUM_PROCESSES" clm-dist train "$@" --dry-run  # one message here rather than one for each process
 if [[ "$NUM_PROCESSES" -eq 1 ]]; then
   exec clm-dist train "$@"
 fi

@@ -99,7 +99,7 @@ def test_the_report_needs_no_network(trained, tmp_path):
 
 def test_a_report_of_nothing(tmp_path):
     done = run_command("report", tmp_path)
-    assert done.code == 2 and "holds no metrics" in done.err
+    assert done.code == 2 and "lacks config.yaml; give the folder of a run" in done.err
 
 
 def test_another_run_is_never_overwritten_unasked(trained, tmp_path):
@@ -167,7 +167,7 @@ def test_interrupting_the_other_commands(trained, tmp_path, command):
         command
     ]
     extra = ["--prompt", "x"] if command == "generate" else []
-    output = tmp_path / "output"
+    output = tmp_path / {"evaluate": "o.json", "generate": "o.jsonl", "report": "o.html"}[command]
     process = subprocess.Popen(
         [sys.executable, "-m", "clm_dist", command, str(target), *extra, "--output", str(output)],
         cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -224,3 +224,50 @@ def test_one_step_by_hand(trained, tmp_path):
     row = next(row for row in read_rows(trained / "run" / "metrics.jsonl") if "train/loss" in row)
     assert row["train/loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert row["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_evaluating_and_exporting_leave_training_alone(trained, tmp_path):
+    """In bf16 with dropout: looking at every step, or only at the end, the losses are the same to the last bit.
+
+    Unwrapping a model for export can take its mixed precision away for good; sampling can move the generator.
+    """
+    losses = []
+    for every in (1, 1000):
+        folder = tmp_path / str(every)
+        overrides = [
+            f"run_dir={folder}",
+            "train.mixed_precision=bf16",
+            "train.max_steps=8",
+            f"evaluate.every_steps={every}",
+        ]
+        overrides += ["model.config.resid_pdrop=0.2", "train.log_every=1"]
+        done = run_command("train", trained / "recipe.yaml", *overrides)
+        assert done.code == 0, done.err
+        losses.append([row["train/loss"] for row in read_rows(folder / "metrics.jsonl") if "train/loss" in row])
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+def test_a_dry_run_checks_and_starts_nothing(trained, tmp_path):
+    arguments = ("train", trained / "recipe.yaml", "--dry-run", f"run_dir={tmp_path / 'run'}")
+    done = run_command(*arguments, env={"WORLD_SIZE": "3"})
+    assert done.code == 0 and done.out.startswith("3 processes x 4 sequences x 1 accumulation x 16 tokens = 192 tokens")
+    done = run_command(*arguments, env={"WORLD_SIZE": "5"})
+    assert done.code == 2 and "not divisible by 5 processes" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "output", "needle"),
+    [
+        ("evaluate", "there.json", "there.json exists; choose another name"),
+        ("evaluate", "figures.txt", "does not end in .json"),
+        ("report", "there.json", "there.json exists"),
+        ("report", "no/folder.html", "there is no folder"),
+    ],
+)
+def test_outputs_that_would_overwrite_or_fail_are_refused_first(trained, tmp_path, command, output, needle):
+    (tmp_path / "there.json").write_text("mine")
+    target = trained / "recipe.yaml" if command == "evaluate" else trained / "run"
+    done = run_command(command, target, "--output", tmp_path / output)
+    assert done.code == 2 and needle in done.err and "Traceback" not in done.err
+    assert (tmp_path / "there.json").read_text() == "mine"

@@ -50,6 +50,8 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 def test_parquet(tmp_path):
     pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
     assert texts(tmp_path / "a.parquet") == TEXTS
+    (tmp_path / "b.parquet.gz").write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
+    assert texts(tmp_path / "b.parquet.gz") == TEXTS
 
 
 def test_csv_with_commas_quotes_and_newlines(tmp_path):

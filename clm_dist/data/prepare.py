@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from clm_dist.data.blocks import group, write_blocks
 from clm_dist.data.manifest import MANIFEST, Manifest, SplitCounts, check_fits, options_of, read_manifest
 from clm_dist.data.source import Source, open_source
 from clm_dist.errors import UserError
+from clm_dist.progress import progress
 from clm_dist.versions import versions
 
 
@@ -106,7 +106,7 @@ def scan(config: Config, source: Source) -> tuple[dict[str, Documents], dict[str
     """
     data = config.data
     keys, empty = [], 0
-    for text in _progress(source.texts(data.train_split), "reading", "documents"):
+    for text in progress(source.texts(data.train_split), "reading", "documents"):
         if text:
             keys.append(splitting.document_key(text, data.split_seed))
         else:
@@ -138,7 +138,7 @@ def write_split(folder: Path, name: str, documents: Documents, tokenizer: Any, c
     remainder = np.empty(0)
 
     def counted_texts() -> Iterator[str]:
-        for text in _progress(documents, f"tokenising {name}", "documents"):
+        for text in progress(documents, f"tokenising {name}", "documents"):
             total["documents"] += 1
             total["bytes"] += len(text.encode("utf-8"))
             yield text
@@ -220,13 +220,6 @@ def _load_tokenizer(config: Config) -> Any:
     by_model = config.data.tokenizer is None
     revision = config.model.revision if by_model else None
     return tokenize.load_tokenizer(tokenize.tokenizer_name(config), revision, config.model.trust_remote_code)
-
-
-def _progress(items: Any, label: str, unit: str) -> Any:
-    from tqdm import tqdm
-
-    quiet = not sys.stderr.isatty()  # batch logs want lines, not bars
-    return tqdm(items, desc=label, unit=f" {unit}", unit_scale=True, disable=quiet, leave=False)
 
 
 def _write_json(path: Path, text: str) -> None:

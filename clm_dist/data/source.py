@@ -226,10 +226,11 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
     try:
         number = 0
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1000):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{path}, record {number}", record
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=1000):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, record {number}", record
     except pa.ArrowInvalid as error:
         raise UserError(f"{path} is not a whole parquet file ({error}); fetch or write it again") from None
 

@@ -19,7 +19,7 @@ def export(
     weights = accelerator.get_state_dict(model)  # collective where weights are sharded
     if not accelerator.is_main_process:
         return
-    plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    plain = accelerator.unwrap_model(model)  # keeps mixed precision: without it the training that follows would lose it
     staged = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     _set_generation_defaults(plain, tokenizer, sampling)

@@ -16,8 +16,10 @@ BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#64748b"
 def write_report(run: Path, output: Path | None = None) -> Path:
     """Writes RUN/report.html (or `output`) from what the run folder holds; returns its path."""
     rows = read_rows(run / "metrics.jsonl")
-    if not rows:
-        raise UserError(f"{run} holds no metrics (metrics.jsonl); give the folder of a run that has trained")
+    missing = [name for name in ("config.yaml", "environment.json") if not (run / name).is_file()]
+    if missing or not rows:
+        lacking = missing[0] if missing else "a row in metrics.jsonl"
+        raise UserError(f"{run} lacks {lacking}; give the folder of a run that has trained")
     loader = jinja2.FileSystemLoader(TEMPLATES)
     templates = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
@@ -102,7 +104,9 @@ def curve(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
     return [(row["step"], row[name]) for row in rows if name in row]
 
 
-def svg(title: str, curves: list[tuple[str, list[tuple[int, float]], str]], log: bool = False) -> str:
+def svg(
+    title: str, curves: list[tuple[str, list[tuple[int, float]], str]], log: bool = False, from_zero: bool = False
+) -> str:
     """One plot as an <svg> element; empty where no curve has a point."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -125,6 +129,8 @@ def svg(title: str, curves: list[tuple[str, list[tuple[int, float]], str]], log:
         axes.set_yscale("log")
         for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             axis_formatter(ScalarFormatter())
+    if from_zero:
+        axes.set_ylim(bottom=0)
     axes.tick_params(labelsize=8, which="both")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from clm_dist.data.blocks import Blocks
 from clm_dist.model.loss import next_token_nll
+from clm_dist.progress import progress
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def evaluate(
     was_training = plain.training
     plain.eval()
     with torch.inference_mode():
-        for j in range(accelerator.process_index, len(starts), accelerator.num_processes):
+        mine = range(accelerator.process_index, len(starts), accelerator.num_processes)
+        for j in progress(mine, "evaluating", "batches", visible=accelerator.is_main_process):
             indices = list(range(starts[j], min(starts[j] + micro_batch_size, len(blocks))))
             input_ids = torch.from_numpy(blocks[indices].astype("int64")).to(accelerator.device)  # (B, T)
             table[j] = _sums(plain(input_ids=input_ids).logits, input_ids)

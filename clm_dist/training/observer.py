@@ -1,7 +1,6 @@
 """What happens around the updates: log lines, evaluations, samples, exports. The loop itself stays bare."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +78,8 @@ class Observer:
         for tracker in self.trackers:
             tracker.finish()
         self.say(f"done: {self.folder}/model is the model, {self.folder}/metrics.jsonl the figures")
-        self.say(f"next: clm-dist report {self.folder}   clm-dist generate {self.folder}/model --prompt 'Once'")
+        prompt = next(iter(self.config.generate.prompts), "The")
+        self.say(f"next: clm-dist report {self.folder}   clm-dist generate {self.folder}/model --prompt '{prompt}'")
 
     def evaluate_and_sample(self, step: int) -> None:
         """Evaluates on the held-out blocks, where there are any, and continues the recipe's prompts."""
@@ -120,4 +120,3 @@ class Observer:
         """A line on the screen, once."""
         if self.accelerator.is_main_process:
             print(line, flush=True)
-            sys.stdout.flush()

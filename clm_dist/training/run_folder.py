@@ -28,6 +28,9 @@ def check_free(run_dir: str, overwrite: bool) -> None:
     folder = Path(run_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run_dir={run_dir} is a file; choose another run_dir")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"run_dir={run_dir} cannot be written ({existing} is read-only to you); choose another run_dir")
     present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if present and not overwrite:
         raise UserError(
