@@ -4,11 +4,14 @@ import argparse
 import errno
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from clm_dist import __version__
 from clm_dist.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISCONFIGURED, UserError
+
+PATIENCE = 10  # seconds; a rank's message is out and the launcher has ended the others long before
 
 DESCRIPTION = """Train causal language models on many processes: exact order, exact loss, exact perplexity.
 
@@ -105,7 +108,8 @@ def main(argv: Sequence[str]) -> int:
         )
         return EXIT_FAILED
     except KeyboardInterrupt:
-        _complain(f"\nclm-dist {args.command}: interrupted; {INTERRUPTED[args.command]}")
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"\nclm-dist {args.command}: interrupted; {INTERRUPTED[args.command]}", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     return 0
 
@@ -144,6 +148,12 @@ def _settings_help() -> str:
 
 
 def _complain(text: str) -> None:
-    """Once a machine: every rank meets the same bad input, and N copies of a message are read by nobody."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+    """Says it once on each machine: every rank meets the same bad input, and N copies of a message are read by nobody.
+
+    The launcher ends all ranks when one fails, so the others wait for the first to speak. Who is still there after that
+    has a problem of its own, and says so.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(PATIENCE)
+        text = f"[rank {os.environ.get('RANK', '?')}] {text}"
+    print(text, file=sys.stderr, flush=True)

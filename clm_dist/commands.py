@@ -29,11 +29,11 @@ def train(args: argparse.Namespace) -> None:
     """Trains on the prepared blocks."""
     config = recipe.load(args.recipe, args.overrides)
     quiet_libraries()
-    from clm_dist.training.train import check
+    from clm_dist.training.job import open_job
     from clm_dist.training.train import train as train_model
 
     if args.dry_run:
-        print(check(config, args.overwrite).plan)
+        print(open_job(config, args.overwrite).plan)
     else:
         train_model(config, args.overwrite)
 

@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import recipe_values, run_command, write_recipe
 
-from clm_dist.cli import main, parse
+from clm_dist.cli import PATIENCE, main, parse
 from clm_dist.errors import ConfigError, nearest
 
 
@@ -71,10 +72,15 @@ def test_module_and_script_are_the_same_door():
     assert module.out == script.stdout and module.code == script.returncode == 0
 
 
-def test_other_ranks_are_silent(tmp_path):
-    for rank, lines in (("0", 1), ("1", 0)):
-        done = run_command("train", tmp_path / "none.yaml", env={"LOCAL_RANK": rank})
-        assert done.code == 2 and done.err.count("no recipe at") == lines
+def test_the_first_rank_speaks_and_the_others_wait_for_it(tmp_path):
+    """The launcher ends all when one fails: a rank that failed faster would end the one with the message."""
+    started = time.monotonic()
+    first = run_command("train", tmp_path / "none.yaml", env={"LOCAL_RANK": "0"})
+    assert first.code == 2 and first.err.startswith("clm-dist train: error: no recipe at")
+    assert time.monotonic() - started < PATIENCE
+    other = run_command("train", tmp_path / "none.yaml", env={"LOCAL_RANK": "1", "RANK": "9"})
+    assert other.code == 2 and other.err.startswith("[rank 9] clm-dist train: error: no recipe at")
+    assert time.monotonic() - started > PATIENCE
 
 
 def test_nearest():

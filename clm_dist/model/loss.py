@@ -1,7 +1,8 @@
 """The next-token loss, always ours and always from the logits.
 
 `model(labels=input_ids).loss` is not it: of the causal-LM guide's 59 architectures 38 compute something else as they come
-(heads that do not shift the labels, encoders that see the future), without an error.
+(heads that do not shift the labels, encoders that see the future), without an error. And Trainer 5.23 divides GPT-2's by
+T targets a block where there are T - 1 (docs/parity.md).
 
 Legend: B sequences, T = block_size, V = vocabulary.
 """

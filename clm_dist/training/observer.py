@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,29 +14,20 @@ from clm_dist.publish.export import export
 from clm_dist.publish.trackers import Tracker, open_trackers
 from clm_dist.training import run_folder
 from clm_dist.training.evaluate import evaluate
+from clm_dist.training.job import Job
 from clm_dist.training.meter import Meter, evaluation_line, train_line
-from clm_dist.training.plan import Plan
-
-if TYPE_CHECKING:
-    from clm_dist.training.train import Job
 
 
 class Observer:
     """Watches a run and writes its folder. Every rank has one and makes every call; the main process writes."""
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        config: Config,
-        plan: Plan,
-        job: "Job",
-        model: torch.nn.Module,
-        meter: Meter,
+        self, accelerator: Accelerator, config: Config, job: Job, model: torch.nn.Module, meter: Meter
     ) -> None:
         self.accelerator = accelerator
         self.config = config
-        self.plan = plan
         self.job = job
+        self.plan = job.plan
         self.model = model
         self.meter = meter
         self.folder = Path(config.run_dir)

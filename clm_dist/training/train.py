@@ -5,8 +5,6 @@ Legend: B micro_batch_size, T block_size, V vocabulary.
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,33 +13,28 @@ from accelerate import Accelerator
 
 from clm_dist.config import Config
 from clm_dist.data.blocks import Blocks
-from clm_dist.data.manifest import Manifest
 from clm_dist.data.order import global_batch, micro_batches, step_seed
-from clm_dist.data.prepare import open_prepared
-from clm_dist.data.tokenize import load_tokenizer, token_ids
-from clm_dist.model.build import build_model, check_fits, max_positions, model_configuration
-from clm_dist.model.generate import prompt_ids
+from clm_dist.model.build import build_model
 from clm_dist.model.loss import next_token_nll, targets_per_block
-from clm_dist.publish.trackers import check_installed
-from clm_dist.training import run_folder
+from clm_dist.training.job import open_job
 from clm_dist.training.meter import Meter
 from clm_dist.training.observer import Observer
 from clm_dist.training.optimizer import make_optimizer, set_lr
-from clm_dist.training.plan import Plan, make_plan
-from clm_dist.training.runtime import check_launch, finish, launched_world_size, start
+from clm_dist.training.plan import Plan
+from clm_dist.training.runtime import finish, start
 from clm_dist.training.schedule import lr_at
 
 
 def train(config: Config, overwrite: bool = False) -> None:
     """Trains, evaluates and exports. Every rank must call this."""
-    job = check(config, overwrite)
-    accelerator = start(config.train.mixed_precision)
+    job = open_job(config, overwrite)
     plan = job.plan
+    accelerator = start(config.train.mixed_precision)
     model = build_model(config.model, job.model_configuration, config.seed)
     model.config.use_cache = False  # type: ignore[union-attr]  # a cache of keys and values serves generation only
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config.optim))
     meter = Meter(accelerator, plan)
-    observer = Observer(accelerator, config, plan, job, model, meter)
+    observer = Observer(accelerator, config, job, model, meter)
     observer.begin()
     scored_tokens = plan.global_batch_size * targets_per_block(plan.block_size)  # of the whole step, over all ranks
 
@@ -49,9 +42,8 @@ def train(config: Config, overwrite: bool = False) -> None:
         model.train()
         lr = lr_at(step, plan.max_steps, config.optim)
         set_lr(optimizer, lr)
-        for micro_step, input_ids in enumerate(
-            window(job.train_blocks, plan, step, config.seed, accelerator)
-        ):  # (B, T)
+        batches = window(job.train_blocks, plan, step, config.seed, accelerator)
+        for micro_step, input_ids in enumerate(batches):  # (B, T)
             with gradients_of(micro_step, accelerator, model, plan):
                 torch.manual_seed(dropout_seed(config.seed, step, micro_step, accelerator))
                 nll = next_token_nll(model(input_ids=input_ids).logits, input_ids).sum()
@@ -66,35 +58,6 @@ def train(config: Config, overwrite: bool = False) -> None:
 
     observer.end()
     finish(accelerator)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a run works on: checked, opened, and the same on every rank."""
-
-    manifest: Manifest
-    train_blocks: Blocks
-    eval_blocks: Blocks
-    tokenizer: Any
-    model_configuration: Any
-    plan: Plan
-
-
-def check(config: Config, overwrite: bool) -> Job:
-    """Everything that can be refused, before a process group exists or a weight is loaded."""
-    check_launch(config.train.mixed_precision)
-    run_folder.check_free(config.run_dir, overwrite)
-    check_installed(config)
-    manifest = open_prepared(config)
-    prepared = Path(config.data.prepared_dir)
-    tokenizer = load_tokenizer(str(prepared / "tokenizer"))
-    built = model_configuration(config.model, token_ids(tokenizer))
-    check_fits(built, config.data.block_size, manifest.vocab_size, str(config.model.name or config.model.type))
-    for prompt in config.generate.prompts:
-        prompt_ids(tokenizer, prompt, config.generate, max_positions(built))
-    train_blocks, eval_blocks = Blocks(prepared / "train"), Blocks(prepared / "eval")
-    plan = make_plan(config, len(train_blocks), launched_world_size())
-    return Job(manifest, train_blocks, eval_blocks, tokenizer, built, plan)
 
 
 def window(blocks: Blocks, plan: Plan, step: int, seed: int, accelerator: Accelerator) -> Iterator[torch.Tensor]:

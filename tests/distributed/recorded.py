@@ -13,14 +13,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import mutants
 
-import clm_dist.training.train as training
+import clm_dist.training.job as job
 from clm_dist.cli import main
 
 FOLDER = Path(os.environ["CLM_DIST_RECORD"])
 FOLDER.mkdir(parents=True, exist_ok=True)
 
 
-class RecordedBlocks(training.Blocks):
+class RecordedBlocks(job.Blocks):
     """Blocks that note what was asked of them."""
 
     def __init__(self, folder):
@@ -32,7 +32,7 @@ class RecordedBlocks(training.Blocks):
         return super().__getitem__(indices)
 
 
-training.Blocks = RecordedBlocks
+job.Blocks = RecordedBlocks
 mutants.apply(os.environ.get("CLM_DIST_MUTANT"))
 code = main(sys.argv[1:])
 sys.stdout.flush()

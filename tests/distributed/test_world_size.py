@@ -65,15 +65,17 @@ def run(folder):
     script = Path(__file__).parent / "recorded.py"
 
     @functools.cache
-    def launched(world, accumulation, mutant=None):
-        name = f"{world}-{accumulation}-{mutant}"
+    def launched(world, accumulation, mutant=None, micro_batch_size=None, dropout=0.0):
+        micro_batch_size = micro_batch_size or SHAPES[world, accumulation]
+        name = f"{world}-{accumulation}-{mutant}" + ("-dropout" if dropout else "")
         env = {"CLM_DIST_RECORD": str(folder / f"record-{name}")}
         if mutant:
             env["CLM_DIST_MUTANT"] = mutant
-        overrides = [f"run_dir={folder / f'run-{name}'}", f"train.micro_batch_size={SHAPES[world, accumulation]}"]
+        overrides = [f"run_dir={folder / f'run-{name}'}", f"train.micro_batch_size={micro_batch_size}"]
+        overrides += [f"model.config.{place}_pdrop={dropout}" for place in ("attn", "embd", "resid")]
         done = launch(world, "train", folder / "recipe.yaml", *overrides, script=script, env=env)
         assert done.code == 0, done.err
-        assert f"{world} processes x {SHAPES[world, accumulation]} sequences x {accumulation} accumulation" in done.out
+        assert f"{world} processes x {micro_batch_size} sequences x {accumulation} accumulation" in done.out
         return Run(folder / f"run-{name}", folder / f"record-{name}")
 
     return launched
@@ -110,6 +112,16 @@ def test_nothing_depends_on_the_cut(run, shape):
     assert_same_weights(cut, reference)
     assert_same_evaluation_before_training(cut, reference)
     np.testing.assert_allclose(cut.evaluations, reference.evaluations, rtol=1e-5)
+
+
+def test_dropout_is_of_the_place_in_the_batch_not_of_the_rank(run):
+    """With one micro-batch size, 1 x 6 and 3 x 2 micro-steps draw the same masks."""
+    alone = run(1, 6, micro_batch_size=6, dropout=0.3)
+    together = run(3, 2, micro_batch_size=6, dropout=0.3)
+    assert_same_losses(together, alone)
+    assert_same_weights(together, alone)
+    with pytest.raises(AssertionError):  # and there was dropout
+        assert_same_losses(together, run(1, 1))
 
 
 def test_every_block_once_an_epoch_over_all_ranks(run, folder):

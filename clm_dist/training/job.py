@@ -1,0 +1,46 @@
+"""What a run works on: opened and checked before a process group exists or a weight is loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clm_dist.config import Config
+from clm_dist.data.blocks import Blocks
+from clm_dist.data.manifest import Manifest
+from clm_dist.data.prepare import open_prepared
+from clm_dist.data.tokenize import load_tokenizer, token_ids
+from clm_dist.model.build import check_fits, max_positions, model_configuration
+from clm_dist.model.generate import prompt_ids
+from clm_dist.publish.trackers import check_installed
+from clm_dist.training import run_folder
+from clm_dist.training.plan import Plan, make_plan
+from clm_dist.training.runtime import check_launch, launched_world_size
+
+
+@dataclass(frozen=True)
+class Job:
+    """Checked, opened, and the same on every rank."""
+
+    manifest: Manifest
+    train_blocks: Blocks
+    eval_blocks: Blocks
+    tokenizer: Any
+    model_configuration: Any
+    plan: Plan
+
+
+def open_job(config: Config, overwrite: bool) -> Job:
+    """Refuses everything that can be refused by now; touches nothing."""
+    check_launch(config.train.mixed_precision)
+    run_folder.check_free(config.run_dir, overwrite)
+    check_installed(config)
+    manifest = open_prepared(config)
+    prepared = Path(config.data.prepared_dir)
+    tokenizer = load_tokenizer(str(prepared / "tokenizer"))
+    built = model_configuration(config.model, token_ids(tokenizer))
+    check_fits(built, config.data.block_size, manifest.vocab_size, str(config.model.name or config.model.type))
+    for prompt in config.generate.prompts:
+        prompt_ids(tokenizer, prompt, config.generate, max_positions(built))
+    train_blocks, eval_blocks = Blocks(prepared / "train"), Blocks(prepared / "eval")
+    plan = make_plan(config, len(train_blocks), launched_world_size())
+    return Job(manifest, train_blocks, eval_blocks, tokenizer, built, plan)
