@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -91,27 +92,38 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     from clm_dist import commands
 
+    interrupted = _remember_interrupts()
     try:
         getattr(commands, args.command)(args)
     except UserError as error:
-        _complain(
-            f"clm-dist {args.command}: error: {error}"
-            if "\n" not in str(error)
-            else f"clm-dist {args.command}:\n{error}"
-        )
+        lead = f"clm-dist {args.command}:\n" if "\n" in str(error) else f"clm-dist {args.command}: error: "
+        _complain(f"{lead}{error}")
         return EXIT_MISCONFIGURED
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise
-        _complain(
-            f"clm-dist {args.command}: error: cannot write {error.filename or 'a file'}: {error.strerror}; mend that"
-        )
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"\nclm-dist {args.command}: interrupted; {INTERRUPTED[args.command]}", file=sys.stderr, flush=True)
-        return EXIT_INTERRUPTED
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupted:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(
+                    f"\nclm-dist {args.command}: interrupted; {INTERRUPTED[args.command]}", file=sys.stderr, flush=True
+                )
+            return EXIT_INTERRUPTED
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            _complain(f"clm-dist {args.command}: error: {error.filename or 'writing'}: {error.strerror}; mend that")
+            return EXIT_FAILED
+        raise
     return 0
+
+
+def _remember_interrupts() -> list[int]:
+    """Ctrl-C raises KeyboardInterrupt as ever, and is noted: a library may turn it into an error of its own, as a
+    collective does whose other ranks have left."""
+    noted: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    return noted
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -38,7 +38,7 @@ class Result:
 
 
 def run_command(
-    *arguments: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 300
+    *arguments: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 1200
 ):
     """`clm-dist ARGUMENTS` as a process of its own."""
     command = [sys.executable, "-m", "clm_dist", *map(str, arguments)]
@@ -53,16 +53,20 @@ def launch(processes: int, *arguments: str | Path, script: Path | None = None, e
     """
     program = [str(script)] if script else ["-m", "clm_dist"]
     env = {"OMP_NUM_THREADS": "1", **(env or {})}
+    return execute(launch_command(processes, [*program, *map(str, arguments)]), env=env)
+
+
+def launch_command(processes: int, program: list[str]) -> list[str]:
+    """What starts a program with so many processes."""
     if processes == 1:
-        return execute([sys.executable, *program, *map(str, arguments)], env=env)
+        return [sys.executable, *program]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     launcher += [str(ROOT / "accelerate_configs" / "ddp.yaml"), "--num_processes", str(processes)]
-    launcher += ["--main_process_port", "0"]
-    return execute([*launcher, *program, *map(str, arguments)], env=env)
+    return [*launcher, "--main_process_port", "0", *program]
 
 
 def execute(
-    command: list[str], cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 300
+    command: list[str], cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 1200
 ) -> Result:
     """Runs a process to its end, with a clean environment of launcher variables."""
     inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}

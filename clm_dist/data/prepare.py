@@ -187,10 +187,7 @@ def staging(target: Path) -> Iterator[Path]:
 def _terminable() -> Iterator[None]:
     """SIGTERM ends the work as Ctrl-C does, so that a cancelled batch job leaves no partial folder."""
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     try:
         yield
     finally:

@@ -1,7 +1,12 @@
 """A finished job exits 0, every time; what is left over is one run, whatever the number of processes."""
 
+import os
+import signal
+import subprocess
+import time
+
 import pytest
-from conftest import launch, read_rows, recipe_values, run_command, write_documents, write_recipe
+from conftest import ROOT, launch, launch_command, read_rows, recipe_values, run_command, write_documents, write_recipe
 
 pytestmark = pytest.mark.distributed
 
@@ -28,6 +33,26 @@ def test_only_the_main_process_speaks_and_writes(folder):
     left = {path.name for path in (folder / "once").iterdir()}
     assert left == {"config.yaml", "environment.json", "metrics.jsonl", "model", "model_best"}
     assert "Traceback" not in done.err and "Warning" not in done.err, done.err
+
+
+def test_ctrl_c_ends_all_ranks_with_one_line(folder):
+    """As a terminal sends it: SIGINT to the launcher and to every rank."""
+    command = launch_command(2, ["-m", "clm_dist", "train", str(folder / "recipe.yaml")])
+    command += [f"run_dir={folder / 'interrupted'}", "train.max_steps=100000"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    metrics = folder / "interrupted" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not metrics.exists() or metrics.read_text().count("train/loss") < 3):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert err.count("clm-dist train: interrupted; the run folder keeps the metrics") == 1, err
+    assert "clm_dist/training" not in err, err  # the launcher shows a traceback of its own; ours do not
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nobody is left
+    assert read_rows(metrics)[-1]["step"] >= 3
 
 
 @pytest.mark.slow

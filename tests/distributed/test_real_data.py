@@ -45,7 +45,7 @@ def test_a_small_gpt2_learns_in_300_steps_on_two_processes(prepared, tmp_path):
     assert run_command("prepare", RECIPE, *values).code == 0
     values += ["optim.lr=3e-3", "optim.warmup_steps=20", "train.epochs=null", "train.max_steps=300"]
     values += ["evaluate.every_steps=100", "generate.max_new_tokens=20", f"run_dir={tmp_path / 'run'}"]
-    done = launch(2, "train", RECIPE, *values, timeout=1200)
+    done = launch(2, "train", RECIPE, *values)
     assert done.code == 0, done.err
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
