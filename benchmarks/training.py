@@ -9,10 +9,8 @@ Both train the same small GPT-2 from the same weights on the same blocks in the 
 import argparse
 import json
 import os
-import platform
 import re
 import resource
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -22,61 +20,59 @@ from datetime import date
 from pathlib import Path
 from statistics import harmonic_mean, median
 
+from clm_dist.versions import versions
+
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = "accelerate.commands.launch --config_file accelerate_configs/ddp.yaml --num_processes 2 --main_process_port 0"
-BATCH, BLOCK, LR, DECAY, SEED = 16, 128, 2e-3, 0.1, 42  # BATCH: sequences per step over both processes
+BATCH, BLOCK, VOCABULARY, LR, DECAY, SEED = 16, 128, 2048, 1e-3, 0.1, 42  # BATCH: sequences a step over both processes
 LOG_EVERY = 20  # steps; the first LOG_EVERY are not timed
-MODEL = {"vocab_size": 2048, "n_layer": 4, "n_embd": 128, "n_head": 4, "n_positions": BLOCK}
+SCORED = (BLOCK - 1) / BLOCK  # share of the tokens; Trainer divides GPT-2's loss by all
+MODEL = {"vocab_size": VOCABULARY, "n_layer": 4, "n_embd": 128, "n_head": 4, "n_positions": BLOCK}
 MODEL |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}  # so that the losses can be compared
-DATA = {"source": "recipes/eli5_sample.jsonl", "text_column": "answers.text", "block_size": BLOCK}
-TITLE = "# Training and evaluation against transformers.Trainer, on the CPU"
 NOTES = f"""\
-GPT-2 from scratch ({MODEL["n_layer"]} layers of {MODEL["n_embd"]}, vocabulary {MODEL["vocab_size"]}, no dropout), fp32, \
-{BATCH} x {BLOCK} tokens per step, AdamW, linear schedule,
-clipping at 1, two processes of one thread each. What Trainer is not told stays its default. Runs alternate: clm-dist,
-Trainer, clm-dist, ... A cell is median (smallest to largest). The machine was shared with other work.
+GPT-2 from scratch (4 layers of 128, vocabulary {VOCABULARY}, no dropout), AdamW, fp32, {BATCH} x {BLOCK} tokens a step, two
+processes of one thread each; what Trainer is not told stays its default. The commands took turns on a machine shared
+with other work; a cell is median (smallest to largest).
 
-- training, tokens/s: of both processes together, without the first {LOG_EVERY} steps.
+- training, tokens/s: of both processes, without the first {LOG_EVERY} steps. Peak memory: resident, of the larger process.
 - whole command: from `accelerate launch` to its end. Ours writes a run folder and the final model, Trainer saves nothing.
-- peak memory: resident, of the larger process.
 - evaluation, s: after loading, between barriers. Ours also counts next-token accuracy.
-- loss: Trainer divides GPT-2's by all {BLOCK} tokens of a block, though {BLOCK - 1} are scored; "per scored token" undoes
-  that. With two processes its evaluation also gives wrong weight to a last batch that had to be filled up.
+- loss: nats per scored token. Trainer's, divided by all {BLOCK} tokens though {BLOCK - 1} are scored, is scaled to that.
 """
 ROWS = {  # title: (figure, format)
     "training, tokens/s": ("train tokens_per_second", ",.0f"),
     "training, whole command, s": ("train wall", ".1f"),
     "training, peak memory, MiB": ("train memory", ",.0f"),
     f"training loss, last {LOG_EVERY} steps": ("train loss", ".5f"),
-    "the same per scored token": ("train scored_loss", ".5f"),
     "evaluation, s": ("evaluate seconds", ".2f"),
     "evaluation, whole command, s": ("evaluate wall", ".1f"),
     "evaluation loss": ("evaluate loss", ".5f"),
-    "the same per scored token ": ("evaluate scored_loss", ".5f"),
 }
 
 
-# ---- The workers, launched once per process; each returns what it measured
-
-
-def clm_dist(*argv: str) -> dict[str, float]:
-    """`clm-dist ARGV`, with a clock around the evaluation."""
-    from clm_dist.cli import main
+def clm_dist(command: str, recipe: str, *flags: str) -> dict[str, float]:
+    """`clm-dist COMMAND RECIPE FLAGS`: speed and loss from its metrics, or those of its evaluation."""
+    from clm_dist import cli
 
     measured = {}
-    if argv[0] == "evaluate":
+    if command == "evaluate":
         from clm_dist.training import evaluate_command
 
         def timed(accelerator, *arguments, evaluate=evaluate_command.evaluate):
             accelerator.wait_for_everyone()
             begin = time.perf_counter()
-            loss = (result := evaluate(accelerator, *arguments)).loss
-            measured.update(seconds=time.perf_counter() - begin, loss=loss, scored_loss=loss)
+            result = evaluate(accelerator, *arguments)
+            measured.update(seconds=time.perf_counter() - begin, loss=result.loss)
             return result
 
         evaluate_command.evaluate = timed
-    if code := main(argv):
+    if code := cli.main([command, recipe, *flags]):
         sys.exit(code)
+    if command == "train":
+        metrics = Path(json.loads(Path(recipe).read_text())["run_dir"]) / "metrics.jsonl"
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]  # each of LOG_EVERY steps
+        measured["tokens_per_second"] = harmonic_mean(row["perf/tokens_per_second"] for row in rows[1:])
+        measured["loss"] = rows[-1]["train/loss"]
     return measured
 
 
@@ -92,15 +88,15 @@ def trainer_train(train_blocks: str, steps: str, further: str) -> dict[str, floa
 
     set_seed(SEED)
     model, rows, clock = GPT2LMHeadModel(GPT2Config(**MODEL)), block_rows(train_blocks, int(steps)), Clock()
-    settings = {"per_device_train_batch_size": BATCH // 2, "max_steps": int(steps), "weight_decay": DECAY, "use_cpu": True}
-    settings |= {"learning_rate": LR, "lr_scheduler_type": "linear", "logging_steps": LOG_EVERY, "save_strategy": "no"}
-    settings |= {"train_sampling_strategy": "sequential"}  # the rows lie in our order already
-    arguments = TrainingArguments(report_to="none", **settings, **json.loads(further))
+    settings = {"learning_rate": LR, "lr_scheduler_type": "linear", "weight_decay": DECAY, "max_steps": int(steps)}
+    settings |= {"per_device_train_batch_size": BATCH // 2, "logging_steps": LOG_EVERY, "save_strategy": "no"}
+    settings |= {"train_sampling_strategy": "sequential", "report_to": "none", "use_cpu": True, **json.loads(further)}
+    arguments = TrainingArguments(f"{train_blocks}.out", **settings)
     trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[clock])
     trainer.train()
     loss = [row["loss"] for row in trainer.state.log_history if "loss" in row][-1]
     speed = (int(steps) - LOG_EVERY) * BATCH * BLOCK / (clock.end - clock.begin)
-    return {"tokens_per_second": speed, "loss": loss, "scored_loss": loss * BLOCK / (BLOCK - 1)}
+    return {"tokens_per_second": speed, "loss": loss / SCORED}
 
 
 def trainer_evaluate(eval_blocks: str, model_folder: str) -> dict[str, float]:
@@ -108,11 +104,11 @@ def trainer_evaluate(eval_blocks: str, model_folder: str) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
     model, rows = AutoModelForCausalLM.from_pretrained(model_folder), block_rows(eval_blocks)
-    trainer = Trainer(model, TrainingArguments(report_to="none", use_cpu=True), eval_dataset=rows)
+    trainer = Trainer(model, TrainingArguments(f"{eval_blocks}.out", report_to="none", use_cpu=True), eval_dataset=rows)
     trainer.accelerator.wait_for_everyone()
     begin = time.perf_counter()
     loss = trainer.evaluate()["eval_loss"]
-    return {"seconds": time.perf_counter() - begin, "loss": loss, "scored_loss": loss * BLOCK / (BLOCK - 1)}
+    return {"seconds": time.perf_counter() - begin, "loss": loss / SCORED}
 
 
 def block_rows(folder: str, steps: int = 0):
@@ -129,14 +125,11 @@ def block_rows(folder: str, steps: int = 0):
     return Subset(StackDataset(input_ids=input_ids, labels=input_ids), order or range(len(blocks)))
 
 
-# ---- The runs
-
-
-def execute(module: str, *arguments: str | Path, cwd: Path = ROOT) -> float:
+def execute(module: str, *arguments: str | Path) -> float:
     """Runs `python -m MODULE ARGUMENTS`; returns how long it took, in seconds."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     command, begin = [sys.executable, "-m", *module.split(), *arguments], time.perf_counter()
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr[-3000:]}")
     return time.perf_counter() - begin
@@ -144,41 +137,64 @@ def execute(module: str, *arguments: str | Path, cwd: Path = ROOT) -> float:
 
 def measure(folder: Path, steps: int, repeats: int, further: str) -> dict[str, list[float]]:
     """'side job figure': its value in each repeat."""
-    found, training, evaluation, run = defaultdict(list), folder / "train.yaml", folder / "evaluate.yaml", folder / "run"
-    data = {**DATA, "prepared_dir": f"{folder}/one", "tokenizer_vocab_size": MODEL["vocab_size"], "eval_fraction": 0}
-    optim, train = {"lr": LR, "weight_decay": DECAY}, {"max_steps": steps, "global_batch_size": BATCH, "log_every": LOG_EVERY}
-    recipe = {"run_dir": str(run), "seed": SEED, "data": data, "optim": optim, "train": train}
-    recipe["model"] = {"type": "gpt2", "config": MODEL}
-    training.write_text(json.dumps(recipe))
-    recipe["data"] = {**DATA, "prepared_dir": f"{folder}/two", "tokenizer": f"{folder}/one/tokenizer", "eval_fraction": 0.9}
-    evaluation.write_text(json.dumps(recipe))
-    for path in (training, evaluation):
+    training, evaluation, run = folder / "train.yaml", folder / "evaluate.yaml", folder / "run"
+    train = {"max_steps": steps, "global_batch_size": BATCH, "log_every": LOG_EVERY}
+    optim, model = {"lr": LR, "weight_decay": DECAY}, {"type": "gpt2", "config": MODEL}
+    recipe = {"run_dir": str(run), "seed": SEED, "model": model, "optim": optim, "train": train}
+    data = {"source": "recipes/eli5_sample.jsonl", "text_column": "answers.text", "block_size": BLOCK}
+    for path, further_data in (
+        (training, {"eval_fraction": 0, "tokenizer_vocab_size": VOCABULARY}),
+        (evaluation, {"eval_fraction": 0.9, "tokenizer": f"{training}.data/tokenizer"}),
+    ):
+        path.write_text(json.dumps({**recipe, "data": {**data, **further_data, "prepared_dir": f"{path}.data"}}))
         execute("clm_dist prepare", path)
-
-    def launch(job: str, worker, *arguments: str | Path) -> None:
+    found = defaultdict(list)
+    for job, worker, *arguments in repeats * (
+        ("clm-dist train", clm_dist, "train", training, "--overwrite"),
+        ("Trainer train", trainer_train, f"{training}.data/train", str(steps), further),
+        ("clm-dist evaluate", clm_dist, "evaluate", evaluation),
+        ("Trainer evaluate", trainer_evaluate, f"{evaluation}.data/eval", run / "model"),
+    ):
         wall = execute(LAUNCH, __file__, "worker", folder, worker.__name__, *arguments)
         first, second = (json.loads((folder / f"measured-{rank}.json").read_text()) for rank in (0, 1))
-        figures = {**first, "memory": max(first["memory"], second["memory"]), "wall": wall}
-        if job == "clm-dist train":
-            rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            speeds = [row["perf/tokens_per_second"] for row in rows[1:]]  # of LOG_EVERY steps each
-            figures |= {"tokens_per_second": harmonic_mean(speeds), "loss": rows[-1]["train/loss"]}
-            figures["scored_loss"] = figures["loss"]
-        print(f"{job}: {figures}", file=sys.stderr)
-        for name, value in figures.items():
+        for name, value in {**first, "memory": max(first["memory"], second["memory"]), "wall": wall}.items():
+            print(f"{job} {name} {value:.5f}", file=sys.stderr)
             found[f"{job} {name}"].append(value)
-
-    for _ in range(repeats):
-        launch("clm-dist train", clm_dist, "train", training, "--overwrite")
-        launch("Trainer train", trainer_train, folder / "one" / "train", str(steps), further)
-        launch("clm-dist evaluate", clm_dist, "evaluate", evaluation)
-        launch("Trainer evaluate", trainer_evaluate, folder / "two" / "eval", run / "model")
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300, choices=range(2 * LOG_EVERY, 10**6, LOG_EVERY), metavar="N")
-    parser.add_argument("--repeats", type=int, default=3, metavar="R")
-    parser.add_argument("--trainer", default="{}", metavar="JSON", help="further TrainingArguments for the training")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="Markdown: the table, command, versions, hardware")
+    parser.add_argument("--steps", type=int, default=300, metavar="N", help="training steps: 40, 60, 80, ... (300)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="R", help="of each command (3)")
+    parser.add_argument("--trainer", default="{}", metavar="JSON", help="further TrainingArguments of the training")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="Markdown: table, command, versions, hardware")
+    args = parser.parse_args()
+    if args.steps < 2 * LOG_EVERY or args.steps % LOG_EVERY or args.repeats < 1:
+        parser.error(f"--steps takes a multiple of {LOG_EVERY} from {2 * LOG_EVERY}, --repeats 1 or more")
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(Path(folder), args.steps, args.repeats, args.trainer)
+    table = "| | clm-dist | Trainer | clm-dist / Trainer |\n|---|---|---|---|\n"
+    for title, (name, form) in ROWS.items():
+        sides = found[f"clm-dist {name}"], found[f"Trainer {name}"]
+        cells = [f"{median(side):{form}} ({min(side):{form}} to {max(side):{form}})" for side in sides]
+        table += f"| {title} | {cells[0]} | {cells[1]} | {median(sides[0]) / median(sides[1]):.3f} |\n"
+    print(table)
+    if args.output:
+        options = f"--steps {args.steps} --repeats {args.repeats} --trainer '{args.trainer}'"
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+        used = ", ".join(f"{name} {version}" for name, version in versions().items())
+        facts = f"`python benchmarks/training.py {options}`\n\n{date.today()}; {os.cpu_count()} cores, {cpu};\n{used}."
+        args.output.write_text(f"# Training and evaluation against Trainer, CPU\n\n{table}\n{facts}\n\n{NOTES}")
+
+
+def work(folder: str, worker: str, *arguments: str) -> None:
+    """One launched process: measures, and leaves as clm-dist does, without the interpreter's tear-down."""
+    measured = globals()[worker](*arguments)
+    measured["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+    (Path(folder) / f"measured-{os.environ['RANK']}.json").write_text(json.dumps(measured))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    work(*sys.argv[2:]) if sys.argv[1:2] == ["worker"] else main()
