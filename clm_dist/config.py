@@ -3,11 +3,13 @@
 Every field says its unit, its range and why its default is what it is. Reading and reporting stand in `recipe.py`.
 """
 
+from os.path import expanduser
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Count = Annotated[int, Field(ge=1)]
+Location = Annotated[str, AfterValidator(expanduser)]  # a path or Hub id; ~ means home, in a recipe too
 
 
 class Section(BaseModel):
@@ -19,7 +21,7 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Which text, cut into which blocks."""
 
-    source: str = Field(
+    source: Location = Field(
         description="A local file, folder or glob (.json, .jsonl, .csv, .txt, .parquet, each also .gz), or a data "
         "set on the Hub (owner/name)."
     )
@@ -54,7 +56,7 @@ class DataConfig(Section):
         True,
         description="End-of-text after every document, so that the model learns where one ends. The guide does not.",
     )
-    tokenizer: str | None = Field(None, description="Folder or Hub id of the tokenizer. None: that of model.name.")
+    tokenizer: Location | None = Field(None, description="Folder or Hub id of the tokenizer. None: that of model.name.")
     tokenizer_vocab_size: int | None = Field(
         None,
         ge=257,
@@ -63,13 +65,13 @@ class DataConfig(Section):
     block_size: int = Field(
         128, ge=2, description="Tokens per training sequence (T). The guide's 128 fits small memory."
     )
-    prepared_dir: str = Field(description="Folder for the blocks on disk: written by `prepare`, read by `train`.")
+    prepared_dir: Location = Field(description="Folder for the blocks on disk: written by `prepare`, read by `train`.")
 
 
 class ModelConfig(Section):
     """Which model: `name` (a folder or Hub id), or `type` with random weights."""
 
-    name: str | None = Field(None, description="Folder or Hub id of a causal language model.")
+    name: Location | None = Field(None, description="Folder or Hub id of a causal language model.")
     revision: str | None = Field(None, description="Commit or tag of `name` on the Hub. None: the newest.")
     from_scratch: bool = Field(False, description="Take only the configuration of `name`; random weights.")
     type: str | None = Field(
@@ -177,7 +179,7 @@ class PublishConfig(Section):
 class Config(Section):
     """A run: what is learned. Where it runs stands in accelerate_configs/."""
 
-    run_dir: str = Field(description="Folder of the run: config.yaml, metrics.jsonl, model/, report.html, ...")
+    run_dir: Location = Field(description="Folder of the run: config.yaml, metrics.jsonl, model/, report.html, ...")
     seed: int = Field(42, ge=0, lt=2**32, description="Order of the blocks, initial weights, dropout.")
     data: DataConfig
     model: ModelConfig

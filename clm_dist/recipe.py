@@ -10,13 +10,16 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from clm_dist.config import Config, Section, disagreements
+from clm_dist.config import Config, Location, Section, disagreements
 from clm_dist.errors import ConfigError, UserError, nearest
 
 
 def load(path: str | Path, overrides: list[str]) -> Config:
     """The recipe at `path` with `section.field=value` overrides laid over it."""
     values = read_yaml(Path(path))
+    for name in Config.model_fields:
+        if values.get(name, ...) is None and section_at([name]) is not None:
+            values[name] = {}  # a section with nothing in it: its defaults
     problems = [problem for text in overrides if (problem := override(values, text))]
     return build(values, problems)
 
@@ -171,7 +174,7 @@ def _type_name(annotation: Any) -> str:
 def _is_text(path: list[str]) -> bool:
     """Whether the field takes text, so that `model.name=123` stays text and " " stays a space."""
     field = field_at(path)
-    return field is not None and field.annotation in (str, str | None)
+    return field is not None and field.annotation in (str, str | None, Location | None)
 
 
 def _remove(values: Any, loc: tuple[int | str, ...]) -> None:

@@ -126,6 +126,23 @@ def test_less_than_a_block(tiny):
     assert leftovers(tiny) == []
 
 
+def test_two_at_once(tiny, monkeypatch, capsys):
+    """The one that is done second finds the first one's result, and leaves it."""
+    original = module.write_split
+
+    def slow(folder, name, *rest):
+        if name == "train":
+            monkeypatch.setattr(module, "write_split", original)
+            prepare(build(tiny, eval_fraction=0.3))  # the other, done in the meantime
+        return original(folder, name, *rest)
+
+    monkeypatch.setattr(module, "write_split", slow)
+    with pytest.raises(UserError, match="was written by another prepare meanwhile; run this one again"):
+        prepare(build(tiny))
+    assert read_manifest(str(tiny / "prepared")).options["eval_fraction"] == 0.3
+    assert leftovers(tiny) == ["prepared"]
+
+
 def test_named_splits(tmp_path):
     (tmp_path / "texts").mkdir()
     write_documents(tmp_path / "texts" / "train.jsonl", 50, seed=1)

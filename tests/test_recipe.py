@@ -130,6 +130,20 @@ def test_a_missing_recipe_names_its_neighbour(tmp_path):
         recipe.load(tmp_path / "demo2.yaml", [])
 
 
+def test_an_empty_section_is_its_defaults(tmp_path):
+    values = {**recipe_values(tmp_path), "optim": None, "track": None}
+    config = recipe.load(write_recipe(tmp_path / "r.yaml", values), ["optim.lr=1"])
+    assert (config.optim.lr, config.optim.beta1, config.track.trackers) == (1.0, 0.9, ())
+
+
+def test_home_is_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    config = recipe.load(
+        write_recipe(tmp_path / "r.yaml", recipe_values(tmp_path)), ["run_dir=~/run", "data.prepared_dir=~/p"]
+    )
+    assert (config.run_dir, config.data.prepared_dir) == ("/somewhere/run", "/somewhere/p")
+
+
 def test_the_tree_is_frozen(tmp_path):
     config = recipe.build(recipe_values(tmp_path))
     with pytest.raises(ValueError, match="frozen"):

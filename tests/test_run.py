@@ -115,6 +115,9 @@ def test_overwrite_replaces_a_run_but_not_what_is_not_of_it(trained, tmp_path):
     assert run_command("train", *short).code == 0
     assert run_command("train", *short, "--overwrite", "train.max_steps=1").code == 0
     assert max(row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")) == 1
+    (tmp_path / "run" / ".model.partial").mkdir()  # of an export that was killed
+    assert run_command("train", *short, "--overwrite").code == 0
+    assert not (tmp_path / "run" / ".model.partial").exists()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     done = run_command("train", *short, "--overwrite")
     assert done.code == 2 and "holds notes.txt, which is not of a run" in done.err

@@ -172,6 +172,8 @@ def staging(target: Path) -> Iterator[Path]:
         folder.mkdir(parents=True)
         with _terminable():
             yield folder
+        if (target / MANIFEST).exists():
+            raise UserError(f"data.prepared_dir={target} was written by another prepare meanwhile; run this one again")
         if target.exists():
             target.rmdir()  # empty: checked at the start
         folder.rename(target)

@@ -37,7 +37,7 @@ def check_free(run_dir: str, overwrite: bool) -> None:
             f"run_dir={run_dir} holds another run ({', '.join(present[:4])}, ...); set another run_dir to keep both, or add "
             "--overwrite to replace it"
         )
-    foreign = [name for name in present if name not in CONTENTS]
+    foreign = [name for name in present if name not in CONTENTS and not _is_staged(name)]
     if foreign:
         raise UserError(
             f"run_dir={run_dir} holds {foreign[0]}, which is not of a run: not overwritten; choose another run_dir"
@@ -50,7 +50,8 @@ def create(config: Config, accelerator: Any, base_model_commit: str | None) -> P
     base_model_commit: what `model.name` resolved to on the Hub; None for a folder or a model from scratch.
     """
     folder = Path(config.run_dir)
-    for name in CONTENTS:
+    staged = [path.name for path in folder.iterdir() if _is_staged(path.name)] if folder.is_dir() else []
+    for name in (*CONTENTS, *staged):
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)
@@ -61,6 +62,11 @@ def create(config: Config, accelerator: Any, base_model_commit: str | None) -> P
     facts = {**environment(accelerator), "base_model_commit": base_model_commit}
     (folder / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def _is_staged(name: str) -> bool:
+    """What an export or a report left that was killed while writing."""
+    return name.startswith(".") and name.endswith((".partial", ".former"))
 
 
 def environment(accelerator: Any) -> dict[str, Any]:
