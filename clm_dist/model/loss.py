@@ -10,6 +10,8 @@ Legend: B sequences, T = block_size, V = vocabulary.
 import torch
 import torch.nn.functional as F
 
+IGNORED = -100  # cross_entropy's own default for a target that does not count
+
 
 def next_token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood in nats of each token given those before it.
@@ -17,9 +19,10 @@ def next_token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tenso
     logits: (B, T, V), any floating type; computed in fp32. input_ids: (B, T). Returns (B, T - 1): the first token of a
     block has nothing before it and is not scored.
     """
-    predictions = logits[:, :-1].float()  # (B, T - 1, V)
-    targets = input_ids[:, 1:]  # (B, T - 1)
-    return F.cross_entropy(predictions.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    # the last position gets a target that is ignored: cutting it off the logits would copy the largest tensor there is
+    targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORED)  # (B, T)
+    nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return nll.view_as(targets)[:, :-1]
 
 
 def targets_per_block(block_size: int) -> int:
