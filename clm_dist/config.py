@@ -3,6 +3,7 @@
 Every field says its unit, its range and why its default is what it is. Reading and reporting stand in `recipe.py`.
 """
 
+import re
 from os.path import expanduser
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Count = Annotated[int, Field(ge=1)]
 Location = Annotated[str, AfterValidator(expanduser)]  # a path or Hub id; ~ means home, in a recipe too
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads 1e-5 as text. A field's type mends that; a model's own settings have none here."""
+    if isinstance(value, dict):
+        return {key: _numbers(one) for key, one in value.items()}
+    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+    return float(value) if is_number else value
 
 
 class Section(BaseModel):
@@ -77,7 +86,7 @@ class ModelConfig(Section):
     type: str | None = Field(
         None, description="Architecture to build from scratch, e.g. gpt2 (a transformers model_type)."
     )
-    config: dict[str, Any] = Field(
+    config: Annotated[dict[str, Any], AfterValidator(_numbers)] = Field(
         default_factory=dict,
         description="Settings of the model's own configuration, e.g. model.config.n_layer=4.",
     )

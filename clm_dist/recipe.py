@@ -1,7 +1,6 @@
 """Recipes: YAML in, a checked `Config` out; every problem at once, unknown keys with the nearest name."""
 
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -32,18 +31,18 @@ def dump(config: Config) -> str:
 def build(values: dict[str, Any], problems: list[str] | None = None) -> Config:
     """Validates `values` and raises one ConfigError that names every problem, `problems` first."""
     problems = list(problems or [])
-    config: Config | None = None
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        problems += [explain(details) for details in error.errors()]
-        for details in error.errors():  # so that the check between fields is made on what is left
-            _remove(values, details["loc"])
-        with suppress(ValidationError):  # a required field is missing: said above
+    wrong: list[str] = []  # keys with a problem of their own
+    while True:
+        try:
             config = Config.model_validate(values)
-    if config is not None:
-        problems += disagreements(config)
-    if problems or config is None:
+            break
+        except ValidationError as error:
+            for details in error.errors():  # mended or left out, so that what remains is checked too
+                problems.append(explain(details))
+                wrong.append(_mend(values, details))
+    # a value that was left out would be said to be missing: that is not the problem
+    problems += [text for text in disagreements(config) if not any(key in text for key in wrong)]
+    if problems:
         raise ConfigError(problems)
     return config
 
@@ -86,7 +85,10 @@ def override(values: dict[str, Any], text: str) -> str | None:
             return f"{key} cannot be set: {above} is {child!r}, not a section; set {above} itself"
         node = child
     try:
-        node[path[-1]] = raw if _is_text(path) and raw not in ("null", "None") else yaml.safe_load(raw)
+        if raw in ("null", "None"):  # YAML's word, and the one that --help shows
+            node[path[-1]] = None
+        else:
+            node[path[-1]] = raw if _is_text(path) else yaml.safe_load(raw)
     except yaml.YAMLError:
         return f"{key}={raw} is not a YAML value; quote it"
     return None
@@ -177,10 +179,17 @@ def _is_text(path: list[str]) -> bool:
     return field is not None and field.annotation in (str, str | None, Location | None)
 
 
-def _remove(values: Any, loc: tuple[int | str, ...]) -> None:
-    for part in loc[:-1]:
-        if not isinstance(values, dict) or part not in values:
-            return
-        values = values[part]
-    if isinstance(values, dict):
-        values.pop(loc[-1], None)
+def _mend(values: dict[str, Any], details: Any) -> str:
+    """Leaves out what is wrong, or puts something in the place of what is missing; returns its dotted name."""
+    path: list[str] = []
+    for part in details["loc"]:
+        path.append(part)
+        if not isinstance(values.get(part), dict):
+            break
+        if part != details["loc"][-1]:
+            values = values[part]
+    if details["type"] == "missing":
+        values[path[-1]] = {} if section_at(path) else "?"
+    else:
+        values.pop(path[-1], None)
+    return ".".join(map(str, path))

@@ -66,6 +66,19 @@ def test_a_folder_without_weights(tmp_path):
     assert sum(parameter.numel() for parameter in model.parameters()) > 0
 
 
+def test_half_a_model_is_refused(tmp_path):
+    """transformers would draw what is missing at random, in every process anew."""
+    from safetensors.torch import load_file, save_file
+
+    config = ModelConfig(type="gpt2", config=SMALL)
+    build_model(config, model_configuration(config, IDS), 0).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["transformer.h.0.mlp.c_fc.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 of the weights of GPT2LMHeadModel \(transformer.h.0.mlp.c_fc.weight"):
+        load_model(str(tmp_path))
+
+
 def test_weights_saved_in_half_precision_are_trained_in_single(tmp_path):
     config = ModelConfig(type="gpt2", config=SMALL)
     build_model(config, model_configuration(config, IDS), 0).half().save_pretrained(tmp_path)

@@ -119,6 +119,12 @@ def test_no_text_at_all(tiny):
     assert leftovers(tiny) == []
 
 
+def test_nothing_can_be_held_out_of_copies(tiny):
+    (tiny / "texts.jsonl").write_text('{"text": "the same"}\n' * 40)
+    with pytest.raises(UserError, match="cannot hold out any of 40 documents with one and the same text"):
+        prepare(build(tiny))
+
+
 def test_less_than_a_block(tiny):
     (tiny / "texts.jsonl").write_text('{"text": "short"}\n')
     with pytest.raises(UserError, match=r"the train split has \d+ tokens, fewer than one block"):

@@ -179,3 +179,20 @@ def test_yaml_is_read_safely(tmp_path):
     (tmp_path / "r.yaml").write_text("run_dir: !!python/object/apply:os.getcwd []")
     with pytest.raises(UserError, match="is not valid YAML"):
         recipe.load(tmp_path / "r.yaml", [])
+
+
+def test_a_models_own_numbers_are_numbers(tmp_path):
+    """YAML 1.1 makes text of 1e-5; a field's type mends that, model.config has none."""
+    path = write_recipe(tmp_path / "r.yaml", recipe_values(tmp_path))
+    config = recipe.load(path, ["model.config.layer_norm_epsilon=1e-6", "data.revision=None"])
+    assert config.model.config["layer_norm_epsilon"] == 1e-6
+    assert config.data.revision is None
+
+
+def test_a_missing_section_does_not_hide_the_rest(tmp_path):
+    values = recipe_values(tmp_path, optim={"warmup_steps": 70})
+    del values["model"], values["data"]["source"]
+    found = problems(values, tmp_path=tmp_path)
+    assert any(text.startswith("model is missing") for text in found)
+    assert any(text.startswith("data.source is missing") for text in found)
+    assert any("do not fit into train.max_steps=6" in text for text in found)

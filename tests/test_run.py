@@ -118,6 +118,8 @@ def test_overwrite_replaces_a_run_but_not_what_is_not_of_it(trained, tmp_path):
     (tmp_path / "run" / ".model.partial").mkdir()  # of an export that was killed
     assert run_command("train", *short, "--overwrite").code == 0
     assert not (tmp_path / "run" / ".model.partial").exists()
+    done = run_command("train", *short, "--overwrite", "model.type=null", f"model.name={tmp_path / 'run' / 'model'}")
+    assert done.code == 2 and "--overwrite would delete" in done.err
     (tmp_path / "run" / "notes.txt").write_text("mine")
     done = run_command("train", *short, "--overwrite")
     assert done.code == 2 and "holds notes.txt, which is not of a run" in done.err

@@ -45,6 +45,8 @@ def test_json_array_and_json_lines_in_either_ending(tmp_path, ending):
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     assert texts(write(tmp_path / "a.jsonl", "\ufeff" + json.dumps(RECORDS[0]))) == TEXTS[:1]
+    assert texts(write(tmp_path / "a.csv", "\ufeffbody,x\nhello,1\n"), text_column="body") == ["hello"]
+    assert texts(write(tmp_path / "a.txt", "\ufeffhello\n")) == ["hello"]
 
 
 def test_parquet(tmp_path):
@@ -90,6 +92,8 @@ def test_columns():
     assert text_of({"answers.text": "flat"}, "answers.text", " ", "here") == "flat"
     assert text_of({"answers": [{"text": "a"}, {"text": "b"}]}, "answers.text", "|", "here") == "a|b"
     assert text_of({"text": None}, "text", " ", "here") == ""
+    assert text_of({"answers": None}, "answers.text", " ", "here") == ""
+    assert text_of({"answers": {"text": ["a", None, "b"]}}, "answers.text", "|", "here") == "a||b"
 
 
 def test_identity_is_of_contents_not_of_names(tmp_path):

@@ -26,6 +26,13 @@ def test_a_tiny_set_still_has_both_sides():
     assert held_out(["a"], 0.5) == []  # one document: all of it is for training
 
 
+def test_copies_are_held_out_together_or_not_at_all():
+    texts = ["a"] * 50 + [f"document {n}" for n in range(50)]
+    found = held_out(texts, 0.3)
+    assert found.count("a") in (0, 50) and 0 < len(found) < 100
+    assert held_out(["same"] * 10, 0.5) == []
+
+
 @given(st.lists(st.text(max_size=8), min_size=2, max_size=60), st.floats(0.01, 0.9), st.randoms())
 def test_copies_stay_together_and_the_order_of_files_is_nothing(texts, fraction, random):
     first = set(held_out(texts, fraction))

@@ -52,6 +52,13 @@ class Manifest:
         return counts.tokens / counts.bytes
 
 
+def source_name(config: Config) -> str:
+    """What the recipe calls its source: for people, and to know whether it has to be read to be compared."""
+    data = config.data
+    parts = [data.source, data.config_name and f"configuration {data.config_name}"]
+    return ", ".join(filter(None, [*parts, data.revision and f"revision {data.revision}"]))
+
+
 def options_of(config: Config) -> dict[str, Any]:
     """What the recipe asks for, as the manifest records it."""
     return {name: getattr(config.data, name) for name in OPTIONS}

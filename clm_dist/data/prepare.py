@@ -16,7 +16,7 @@ from clm_dist.config import Config
 from clm_dist.data import split as splitting
 from clm_dist.data import tokenize
 from clm_dist.data.blocks import group, write_blocks
-from clm_dist.data.manifest import MANIFEST, Manifest, SplitCounts, check_fits, options_of, read_manifest
+from clm_dist.data.manifest import MANIFEST, Manifest, SplitCounts, check_fits, options_of, read_manifest, source_name
 from clm_dist.data.source import Source, open_source
 from clm_dist.errors import UserError
 from clm_dist.progress import progress
@@ -72,11 +72,11 @@ def prepare(config: Config) -> None:
         tokenize.save_tokenizer(tokenizer, folder / "tokenizer")
         manifest = Manifest(
             options=options_of(config),
-            source=config.data.source,
+            source=source_name(config),
             source_identity=identity,
             tokenizer=tokenize.tokenizer_name(config),
             tokenizer_sha256=tokenize.tokenizer_sha256(tokenizer),
-            vocab_size=len(tokenizer),
+            vocab_size=tokenize.vocab_size(tokenizer),
             splits=counts,
             versions=versions(),
         )
@@ -91,7 +91,7 @@ def open_prepared(config: Config) -> Manifest:
     """
     manifest = read_manifest(config.data.prepared_dir)
     identity, sha256 = manifest.source_identity, manifest.tokenizer_sha256
-    if manifest.source != config.data.source:
+    if manifest.source != source_name(config):
         identity = open_source(config.data).identity()
     if manifest.tokenizer != tokenize.tokenizer_name(config):
         sha256 = _wanted_tokenizer_sha256(config, manifest, None)
@@ -127,6 +127,11 @@ def scan(config: Config, source: Source) -> tuple[dict[str, Documents], dict[str
         held_out = Documents(source, data.eval_split, data.split_seed)
         return {"train": train, "eval": held_out}, {"train": empty, "eval": filled.count(False)}
     bound = splitting.held_out_below(np.array(keys, dtype=np.uint64), data.eval_fraction or 0)
+    if data.eval_fraction and not bound:
+        raise UserError(
+            f"data.eval_fraction={data.eval_fraction} cannot hold out any of {len(keys)} documents with one and the same text"
+            "; give more text, set data.eval_fraction=0 for no evaluation, or name a data.eval_split"
+        )
     held_out = Documents(source, data.train_split, data.split_seed, below=bound)
     train = Documents(source, data.train_split, data.split_seed, lowest=bound)
     return {"train": train, "eval": held_out}, {"train": empty, "eval": 0}
@@ -152,7 +157,7 @@ def write_split(folder: Path, name: str, documents: Documents, tokenizer: Any, c
         nonlocal remainder
         remainder = yield from group(counted_ids(), config.data.block_size)
 
-    dtype = tokenize.ids_dtype(len(tokenizer))
+    dtype = tokenize.ids_dtype(tokenize.vocab_size(tokenizer))
     blocks = write_blocks(folder / name, grouped(), config.data.block_size, dtype, name)
     if total["tokens"] != blocks * config.data.block_size + len(remainder):
         raise AssertionError(f"{name}: {total['tokens']} tokens in, {blocks} blocks + {len(remainder)} out")

@@ -3,6 +3,7 @@
 A document is one record's text column (for .txt: what stands between blank lines). Every complaint names file and line.
 """
 
+import codecs
 import csv
 import gzip
 import hashlib
@@ -146,7 +147,9 @@ def columns_of(record: Any, prefix: str = "") -> list[str]:
 
 
 def _pick(node: Any, column: str, where: str, record: Any) -> Any:
-    if isinstance(node, list):  # the elder ELI5 holds a list of answers, each with its text
+    if node is None:
+        return None
+    if isinstance(node, list):  # a list of answers, each with its text
         return [_pick(item, column, where, record) for item in node]
     if isinstance(node, dict):
         if column in node:
@@ -166,10 +169,10 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
     first = next((line for line in lines if line[1].strip()), None)
     if first is None:
         return
-    if first[1].lstrip("\ufeff \t").startswith("["):
+    if first[1].lstrip().startswith("["):
         text = first[1] + "".join(line for _, line in lines)
         try:
-            records = json.loads(text.lstrip("\ufeff"))
+            records = json.loads(text)
         except json.JSONDecodeError as error:
             line = error.lineno + first[0] - 1
             raise UserError(
@@ -184,10 +187,14 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _json_line(path: Path, number: int, line: str) -> Any:
     try:
-        return json.loads(line.lstrip("\ufeff"))
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}, line {number}, column {error.colno}: broken JSON ({error.msg}); mend or remove that line"
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        raise UserError(
+            f"{path}, line {number}: JSON that cannot be read ({error}); mend or remove that line"
         ) from None
 
 
@@ -241,6 +248,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     offset = 0
     with opener(path, "rb") as file:
         for number, raw in enumerate(file, 1):
+            if number == 1 and raw.startswith(codecs.BOM_UTF8):  # as Excel writes it; no part of the text
+                raw, offset = raw[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
             try:
                 yield number, raw.decode("utf-8")
             except UnicodeDecodeError as error:

@@ -15,12 +15,13 @@ def document_key(text: str, seed: int) -> int:
 def held_out_below(keys: np.ndarray, fraction: float) -> int:
     """The bound below which a document's key sends it to the evaluation split.
 
-    keys: (documents,) uint64. Exactly round(fraction * documents) lie below it, and at least one where fraction > 0 and
-    there are two or more; copies of one document have one key and so are on the same side.
+    keys: (documents,) uint64. Copies of one document have one key and so are on the same side: of all bounds the one with
+    the number of documents below it nearest to round(fraction * documents), which without copies is that number. At
+    least one document stands on each side; 0 where that cannot be (fraction 0, or all documents are the same).
     """
-    if fraction == 0 or len(keys) == 0:
+    distinct, copies = np.unique(keys, return_counts=True)
+    below = np.cumsum(copies)[:-1]  # documents held out by the bound just above each key but the last
+    if fraction == 0 or not len(below):
         return 0
-    wanted = min(max(1, math.floor(fraction * len(keys) + 0.5)), len(keys) - 1)
-    if wanted == 0:
-        return 0
-    return int(np.partition(keys, wanted - 1)[wanted - 1]) + 1
+    wanted = math.floor(fraction * len(keys) + 0.5)
+    return int(distinct[np.abs(below - wanted).argmin()]) + 1

@@ -57,10 +57,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 def tokenizer_sha256(tokenizer: Any) -> str:
     """Hash of what decides the ids, so that a renamed tokenizer is the same and one changed merge is another."""
     if tokenizer.is_fast:
-        contents = tokenizer.backend_tokenizer.to_str()
+        settings = json.loads(tokenizer.backend_tokenizer.to_str())
+        # of how it was last called, not of what it is: a file may ask for truncation, and our first call ends that
+        contents = json.dumps({key: value for key, value in settings.items() if key not in ("truncation", "padding")})
     else:
         contents = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
     return hashlib.sha256(f"{contents}\0{tokenizer.eos_token_id}".encode()).hexdigest()
+
+
+def vocab_size(tokenizer: Any) -> int:
+    """One more than the largest id: what an embedding needs. `len(tokenizer)` is less where ids have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def ids_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -76,7 +83,7 @@ def tokenize(texts: Iterable[str], tokenizer: Any, append_eos: bool) -> Iterator
     """
     if append_eos and tokenizer.eos_token_id is None:
         raise UserError("data.append_eos=true but the tokenizer has no end-of-text token; set data.append_eos=false")
-    dtype = ids_dtype(len(tokenizer))
+    dtype = ids_dtype(vocab_size(tokenizer))
     documents = iter(texts)
     while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
         encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -86,13 +93,18 @@ def tokenize(texts: Iterable[str], tokenizer: Any, append_eos: bool) -> Iterator
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Writes the tokenizer beside the blocks, so that training and export need nothing from elsewhere."""
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # `tokenizers` raises a bare Exception with the system's message, e.g. on a full disk
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from None
 
 
 def token_ids(tokenizer: Any) -> dict[str, int | None]:
     """What a model from scratch has to know of its tokenizer, under the names of a model configuration."""
     return {
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocab_size(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

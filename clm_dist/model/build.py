@@ -9,7 +9,11 @@ import torch
 from clm_dist.config import ModelConfig
 from clm_dist.errors import ConfigError, UserError, nearest
 
-POSITION_FIELDS = ("max_position_embeddings", "n_positions")  # what architectures call their longest sequence
+POSITION_FIELDS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+)  # what architectures call their longest sequence
 
 
 def model_configuration(config: ModelConfig, token_ids: dict[str, int | None]) -> Any:
@@ -18,6 +22,7 @@ def model_configuration(config: ModelConfig, token_ids: dict[str, int | None]) -
     token_ids: vocab_size, bos_token_id, eos_token_id and pad_token_id of the tokenizer, which a model built from
     `model.type` takes over unless `model.config` says otherwise.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -32,10 +37,10 @@ def model_configuration(config: ModelConfig, token_ids: dict[str, int | None]) -
         raise UserError(f"model.type={config.type} is no causal language model that transformers knows{known}")
     architecture = CONFIG_MAPPING[config.type]
     _refuse_unknown(architecture(), config.config)
-    settings = {key: value for key, value in token_ids.items() if value is not None} | config.config
     try:
-        return architecture(**settings)
-    except (TypeError, ValueError) as error:
+        # None too: the architecture's own defaults are of another vocabulary (OPT's padding, id 1, would never be trained)
+        return architecture(**(token_ids | config.config))
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"model.config={config.config} does not fit {config.type}: {error}; correct it") from None
 
 
@@ -120,16 +125,24 @@ def load_model(
             "else give a folder or Hub id with weights"
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             name,
             config=built,
             revision=revision,
             trust_remote_code=trust_remote_code,
             dtype=torch.float32,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: sizes that do not fit
         raise UserError(
             f"cannot load a causal language model from {name}: {' '.join(str(error).split())[:300]}; "
             "check the name, or set HF_TOKEN for a private model"
         ) from None
+    missing = sorted(loaded["missing_keys"])
+    if missing:  # transformers draws them at random: another model in every process and at every start
+        raise UserError(
+            f"{name} lacks {len(missing)} of the weights of {type(model).__name__} ({', '.join(missing[:3])}, ...); give a "
+            "folder or Hub id that holds a whole causal language model, or set model.from_scratch=true"
+        )
+    return model

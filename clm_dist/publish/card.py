@@ -22,18 +22,22 @@ def model_card(config: Config, figures: dict[str, Any], environment: dict[str, A
     )
     base = config.model.name if config.model.name and not config.model.from_scratch else None
     on_hub = base is not None and not Path(base).exists()
-    local_source = Path(config.data.source).exists()
     return templates.get_template("card.md.j2").render(
         config=config,
         base_model=base if on_hub else None,
         origin=_origin(config),
-        dataset=None if local_source else config.data.source,
-        source=Path(config.data.source).name if local_source else config.data.source,
-        tokenizer_name=prepared["tokenizer"],
+        dataset=prepared["hub_id"],
+        source=prepared["hub_id"] or Path(config.data.source).name,
+        tokenizer_name=_public(prepared["tokenizer"]),
         counts=prepared,
         figures=figures,
         environment=environment,
     )
+
+
+def _public(name: str) -> str:
+    """A Hub id as it is, a path by its last part."""
+    return Path(name).name if Path(name).exists() or name.startswith((".", "/")) or name.count("/") > 1 else name
 
 
 def _origin(config: Config) -> str:
@@ -41,5 +45,5 @@ def _origin(config: Config) -> str:
     model = config.model
     if model.type is not None:
         return f"a {model.type} with random weights"
-    name = Path(str(model.name)).name if Path(str(model.name)).exists() else str(model.name)
+    name = _public(str(model.name))
     return f"the architecture of {name} with random weights" if model.from_scratch else name

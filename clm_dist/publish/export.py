@@ -41,11 +41,8 @@ def _set_generation_defaults(model: Any, tokenizer: Any, sampling: GenerateConfi
     generation = model.generation_config
     generation.do_sample = sampling.do_sample
     generation.max_new_tokens = sampling.max_new_tokens
-    if sampling.do_sample:
-        generation.temperature, generation.top_k, generation.top_p = (
-            sampling.temperature,
-            sampling.top_k,
-            sampling.top_p,
-        )
+    # None where nothing is drawn: what the base model came with would be refused when it is saved
+    for name in ("temperature", "top_k", "top_p"):
+        setattr(generation, name, getattr(sampling, name) if sampling.do_sample else None)
     generation.eos_token_id = tokenizer.eos_token_id
     generation.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

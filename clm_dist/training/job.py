@@ -32,7 +32,7 @@ class Job:
 def open_job(config: Config, overwrite: bool) -> Job:
     """Refuses everything that can be refused by now; touches nothing."""
     check_launch(config.train.mixed_precision)
-    run_folder.check_free(config.run_dir, overwrite)
+    run_folder.check_free(config.run_dir, overwrite, filter(None, (config.model.name, config.data.tokenizer)))
     check_installed(config)
     manifest = open_prepared(config)
     prepared = Path(config.data.prepared_dir)

@@ -98,7 +98,8 @@ class Observer:
             **self.evaluation, "step": step, "arithmetic": str(self.plan), "parameters": self.parameters,
         }  # fmt: skip
         environment = run_folder.environment(self.accelerator)
-        prepared = {"tokenizer": self.job.manifest.tokenizer, **self.job.manifest.splits}
+        manifest = self.job.manifest
+        prepared = {"tokenizer": manifest.tokenizer, "hub_id": manifest.source_identity.get("id"), **manifest.splits}
         card = model_card(self.config, figures, environment, prepared)
         export(self.accelerator, self.model, self.job.tokenizer, self.folder / name, card, self.config.generate)
 

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,18 @@ CONTENTS = (
 )
 
 
-def check_free(run_dir: str, overwrite: bool) -> None:
-    """Refuses a folder that holds something, unless it is a run and the user asked to replace it."""
+def check_free(run_dir: str, overwrite: bool, sources: Iterable[str] = ()) -> None:
+    """Refuses a folder that holds something, unless it is a run and the user asked to replace it.
+
+    sources: what the run reads (weights, tokenizer); a run that would delete them is refused.
+    """
     folder = Path(run_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"run_dir={run_dir} is a file; choose another run_dir")
+    for source in sources:
+        if overwrite and Path(source).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--overwrite would delete {source}, which this run starts from; choose another run_dir")
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"run_dir={run_dir} cannot be a folder: {existing} is a file; choose another run_dir")
     if not os.access(existing, os.W_OK):
         raise UserError(f"run_dir={run_dir} cannot be written ({existing} is read-only to you); choose another run_dir")
     present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
@@ -41,6 +48,11 @@ def check_free(run_dir: str, overwrite: bool) -> None:
     if foreign:
         raise UserError(
             f"run_dir={run_dir} holds {foreign[0]}, which is not of a run: not overwritten; choose another run_dir"
+        )
+    if present and "environment.json" not in present:  # a folder called `model` alone may be anybody's
+        raise UserError(
+            f"run_dir={run_dir} holds {present[0]} but no environment.json, so it is no run: not overwritten; "
+            "choose another run_dir"
         )
 
 
