@@ -121,7 +121,7 @@ def test_no_text_at_all(tiny):
 
 def test_nothing_can_be_held_out_of_copies(tiny):
     (tiny / "texts.jsonl").write_text('{"text": "the same"}\n' * 40)
-    with pytest.raises(UserError, match="cannot hold out any of 40 documents with one and the same text"):
+    with pytest.raises(UserError, match="holds out none of 40 documents with one and the same text"):
         prepare(build(tiny))
 
 

@@ -129,7 +129,7 @@ def scan(config: Config, source: Source) -> tuple[dict[str, Documents], dict[str
     bound = splitting.held_out_below(np.array(keys, dtype=np.uint64), data.eval_fraction or 0)
     if data.eval_fraction and not bound:
         raise UserError(
-            f"data.eval_fraction={data.eval_fraction} cannot hold out any of {len(keys)} documents with one and the same text"
+            f"data.eval_fraction={data.eval_fraction} holds out none of {len(keys)} documents with one and the same text"
             "; give more text, set data.eval_fraction=0 for no evaluation, or name a data.eval_split"
         )
     held_out = Documents(source, data.train_split, data.split_seed, below=bound)
