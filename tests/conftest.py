@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent  # of the environment under test, which need not be on the PATH
 SAMPLE = ROOT / "recipes" / "eli5_sample.jsonl"
 
 # A model small enough that a step takes milliseconds; no dropout, so that runs can be compared.

@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from conftest import recipe_values, run_command, write_recipe
+from conftest import BIN, recipe_values, run_command, write_recipe
 
 from clm_dist.cli import PATIENCE, main, parse
 from clm_dist.errors import ConfigError, nearest
@@ -68,7 +68,7 @@ def test_every_problem_of_a_recipe_in_one_message(tmp_path, capsys):
 
 def test_module_and_script_are_the_same_door():
     module = run_command("--version")
-    script = subprocess.run(["clm-dist", "--version"], capture_output=True, text=True)
+    script = subprocess.run([BIN / "clm-dist", "--version"], capture_output=True, text=True)
     assert module.out == script.stdout and module.code == script.returncode == 0
 
 

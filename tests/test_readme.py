@@ -8,11 +8,10 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import BIN, ROOT
 from local_hub import LocalHub, write_data, write_model
 from test_hub import DATA, MODEL
 
@@ -53,7 +52,7 @@ def test_every_command_of_the_readme_runs(copy, tmp_path):
     with LocalHub(models={MODEL: tmp_path / "model"}, datasets={DATA: tmp_path / "data"}) as hub:
         environment = {
             **{key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{BIN}:{os.environ['PATH']}",
             "HF_ENDPOINT": hub.url,
             "HF_HUB_DISABLE_XET": "1",
             "HF_HOME": str(tmp_path / "hf"),

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 import yaml
-from conftest import ROOT, run_command
+from conftest import BIN, ROOT, run_command
 
 SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / ".ci" / "run"])
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -15,7 +15,7 @@ CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 def test_scripts(path):
     text = path.read_text()
     assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
-    shellcheck = subprocess.run(["shellcheck", path], capture_output=True, text=True, check=False)
+    shellcheck = subprocess.run([BIN / "shellcheck", path], capture_output=True, text=True, check=False)
     assert shellcheck.returncode == 0, shellcheck.stdout
     assert "set -euo pipefail" in text and text.count("\n") < 60
 
