@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent  # of the environment under test, which need not be on the PATH
@@ -27,6 +28,10 @@ TINY_MODEL = {
         "resid_pdrop": 0.0,
     },
 }
+
+
+settings.register_profile("no deadline", deadline=None)  # machines are noisy: time is measured in benchmarks only
+settings.load_profile("no deadline")
 
 
 @dataclass(frozen=True)
