@@ -95,7 +95,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         if not path.is_file():
             raise UserError(f"--prompts-file {path} does not exist; give a text file with one prompt a line")
         try:
-            prompts += [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            prompts += [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         except UnicodeDecodeError as error:
             raise UserError(f"--prompts-file {path} is not UTF-8 (byte {error.start}); convert it") from None
     if not prompts:

@@ -31,17 +31,20 @@ def dump(config: Config) -> str:
 def build(values: dict[str, Any], problems: list[str] | None = None) -> Config:
     """Validates `values` and raises one ConfigError that names every problem, `problems` first."""
     problems = list(problems or [])
-    wrong: list[str] = []  # keys with a problem of their own
+    left_out: list[str] = []  # keys with a problem of their own
     while True:
         try:
             config = Config.model_validate(values)
             break
         except ValidationError as error:
             for details in error.errors():  # mended or left out, so that what remains is checked too
-                problems.append(explain(details))
-                wrong.append(_mend(values, details))
-    # a value that was left out would be said to be missing: that is not the problem
-    problems += [text for text in disagreements(config) if not any(key in text for key in wrong)]
+                key = _mend(values, details)
+                if key not in left_out:  # else it is missing because it was left out
+                    problems.append(explain(details))
+                if details["type"] != "missing":
+                    left_out.append(key)
+    # nor is a value that was left out what two fields disagree about
+    problems += [text for text in disagreements(config) if not any(key in text for key in left_out)]
     if problems:
         raise ConfigError(problems)
     return config
@@ -181,13 +184,12 @@ def _is_text(path: list[str]) -> bool:
 
 def _mend(values: dict[str, Any], details: Any) -> str:
     """Leaves out what is wrong, or puts something in the place of what is missing; returns its dotted name."""
-    path: list[str] = []
-    for part in details["loc"]:
-        path.append(part)
-        if not isinstance(values.get(part), dict):
+    path = list(details["loc"])
+    for depth, part in enumerate(path[:-1], 1):
+        if section_at(path[:depth]) is None:  # within a list or mapping: the whole field goes
+            path = path[:depth]
             break
-        if part != details["loc"][-1]:
-            values = values[part]
+        values = values[part]
     if details["type"] == "missing":
         values[path[-1]] = {} if section_at(path) else "?"
     else:

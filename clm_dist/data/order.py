@@ -10,6 +10,9 @@ even power of two, walked until it lands inside (cycle-walking; Black & Rogaway,
 no library's random generator has to stay the same for a run to be resumed.
 """
 
+import math
+from fractions import Fraction
+
 import numpy as np
 
 ROUNDS = 8  # 4 suffice for large sets by Luby-Rackoff; more cost little and mix sets of a few blocks well
@@ -60,7 +63,8 @@ def step_seed(seed: int, step: int, micro_step: int) -> int:
 
 def steps_of_epochs(epochs: float, num_blocks: int, global_batch_size: int) -> int:
     """Steps until every block was seen `epochs` times: the last step is the one that completes the last pass."""
-    return max(1, -int(-(epochs * num_blocks) // global_batch_size))
+    blocks = Fraction(str(epochs)) * num_blocks  # exact: 2.2 * 25 is 55.000000000000007 in floating point
+    return max(1, math.ceil(blocks / global_batch_size))
 
 
 def ends_epoch(step: int, num_blocks: int, global_batch_size: int) -> bool:

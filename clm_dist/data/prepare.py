@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from clm_dist.config import Config
 from clm_dist.data import split as splitting
 from clm_dist.data import tokenize
-from clm_dist.data.blocks import group, write_blocks
+from clm_dist.data.blocks import Blocks, group, write_blocks
 from clm_dist.data.manifest import MANIFEST, Manifest, SplitCounts, check_fits, options_of, read_manifest, source_name
 from clm_dist.data.source import Source, open_source
 from clm_dist.errors import UserError
@@ -46,6 +47,10 @@ class Documents:
 def prepare(config: Config) -> None:
     """Writes data.prepared_dir, or says that it is there already. Nothing half-written is ever left under that name."""
     target = Path(config.data.prepared_dir)
+    if not target.name:
+        raise UserError(
+            f"data.prepared_dir={config.data.prepared_dir!r} is no name for a new folder; set e.g. prepared/demo"
+        )
     source = open_source(config.data)
     # before the data, which may be large: a wrong name is told before it is fetched
     tokenizer = None if config.data.tokenizer_vocab_size else _load_tokenizer(config)
@@ -97,6 +102,19 @@ def open_prepared(config: Config) -> Manifest:
         sha256 = _wanted_tokenizer_sha256(config, manifest, None)
     check_fits(manifest, config, identity, sha256)
     return manifest
+
+
+def open_blocks(config: Config, manifest: Manifest, split: str) -> Blocks:
+    """The blocks of a split, as many as the manifest counts: a copy cut short may well be readable."""
+    folder, expected = Path(config.data.prepared_dir) / split, manifest.splits[split].blocks
+    remedy = f"copy it again, or remove {folder.parent} and prepare again"
+    try:
+        blocks = Blocks(folder)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{folder} is damaged ({error}); {remedy}") from None
+    if len(blocks) != expected:
+        raise UserError(f"{folder} holds {len(blocks)} blocks, its manifest says {expected}; {remedy}")
+    return blocks
 
 
 def scan(config: Config, source: Source) -> tuple[dict[str, Documents], dict[str, int]]:

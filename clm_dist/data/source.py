@@ -68,8 +68,8 @@ def split_files(config: DataConfig, split: str) -> list[Path]:
     if not files:
         raise UserError(f"data.source={config.source} holds no file that ends in {', '.join(SUFFIXES)} (also .gz)")
     named = [p for p in files if split in p.name.split(".")[0].replace("_", "-").split("-")]
-    if config.eval_split is None and config.train_split == "train":
-        return files
+    if not named and config.eval_split is None and config.train_split == "train":
+        return files  # no file is called after a split: all of them are text to train on
     if not named:
         names = ", ".join(p.name for p in files[:10])
         raise UserError(

@@ -9,11 +9,12 @@ import torch
 from clm_dist.config import ModelConfig
 from clm_dist.errors import ConfigError, UserError, nearest
 
-POSITION_FIELDS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-)  # what architectures call their longest sequence
+# what architectures call their longest sequence
+POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len")
+# these number positions from the padding id on, or look for padding in every batch: they cannot do without one
+NEED_PADDING = {
+    *("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
 
 
 def model_configuration(config: ModelConfig, token_ids: dict[str, int | None]) -> Any:
@@ -37,9 +38,10 @@ def model_configuration(config: ModelConfig, token_ids: dict[str, int | None]) -
         raise UserError(f"model.type={config.type} is no causal language model that transformers knows{known}")
     architecture = CONFIG_MAPPING[config.type]
     _refuse_unknown(architecture(), config.config)
+    # None too: the architecture's own defaults are of another vocabulary (OPT's padding, id 1, would never be trained)
+    given = {key: value for key, value in token_ids.items() if value is not None or config.type not in NEED_PADDING}
     try:
-        # None too: the architecture's own defaults are of another vocabulary (OPT's padding, id 1, would never be trained)
-        return architecture(**(token_ids | config.config))
+        return architecture(**(given | config.config))
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"model.config={config.config} does not fit {config.type}: {error}; correct it") from None
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from clm_dist.config import GenerateConfig
 from clm_dist.errors import UserError
@@ -56,4 +57,14 @@ def saved_settings(model: Any, overrides: dict[str, Any]) -> GenerateConfig:
     saved = {
         name: getattr(model.generation_config, name, None) for name in GenerateConfig.model_fields if name != "prompts"
     }
-    return GenerateConfig(**({name: value for name, value in saved.items() if value is not None} | overrides))
+    given = {name: value for name, value in saved.items() if value is not None} | overrides
+    if not given.get("do_sample", True):  # what is not used may be anything: temperature 0 is often written for greedy
+        used = {"do_sample", "max_new_tokens", *overrides}
+        given = {name: value for name, value in given.items() if name in used}
+    try:
+        return GenerateConfig(**given)
+    except ValidationError as error:
+        wrong = ", ".join(f"{details['loc'][0]}={details['input']}" for details in error.errors())
+        raise UserError(
+            f"the model's generation_config.json asks for {wrong}; set generate.* on the command line"
+        ) from None

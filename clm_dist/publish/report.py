@@ -34,7 +34,6 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         versions=environment["versions"],
     )
     output = output or run / "report.html"
-    output.parent.mkdir(parents=True, exist_ok=True)
     staged = output.with_name(f".{output.name}.partial")
     staged.write_text(page, encoding="utf-8")
     staged.rename(output)
@@ -106,9 +105,7 @@ def curve(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
     return [(row["step"], row[name]) for row in rows if name in row]
 
 
-def svg(
-    title: str, curves: list[tuple[str, list[tuple[int, float]], str]], log: bool = False, from_zero: bool = False
-) -> str:
+def svg(title: str, curves: list[tuple[str, list[tuple[int, float]], str]], log: bool = False) -> str:
     """One plot as an <svg> element; empty where no curve has a point."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -131,8 +128,6 @@ def svg(
         axes.set_yscale("log")
         for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             axis_formatter(ScalarFormatter())
-    if from_zero:
-        axes.set_ylim(bottom=0)
     axes.tick_params(labelsize=8, which="both")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from clm_dist.config import Config
-from clm_dist.data.blocks import Blocks
-from clm_dist.data.prepare import open_prepared
+from clm_dist.data.prepare import open_blocks, open_prepared
 from clm_dist.data.tokenize import load_tokenizer, tokenizer_sha256
 from clm_dist.errors import UserError
 from clm_dist.model.build import check_fits, load_configuration, load_model
+from clm_dist.training import run_folder
 from clm_dist.training.evaluate import Evaluation, evaluate
 from clm_dist.training.meter import figures
 from clm_dist.training.runtime import check_launch, finish, start
@@ -20,7 +20,7 @@ def evaluate_model(config: Config, name: str, revision: str | None, output: str 
     """
     check_launch(config.train.mixed_precision)
     manifest = open_prepared(config)
-    blocks = Blocks(Path(config.data.prepared_dir) / "eval")
+    blocks = open_blocks(config, manifest, "eval")
     if not len(blocks):
         raise UserError(f"{config.data.prepared_dir} holds no text to evaluate on; prepare with data.eval_fraction=0.2")
     if not Path(name).exists() and name == str(Path(config.run_dir) / "model"):
@@ -42,9 +42,11 @@ def evaluate_model(config: Config, name: str, revision: str | None, output: str 
     if accelerator.is_main_process:
         print(f"{name}: {figures(result.metrics())}", flush=True)
         if output is not None:
-            import evaluate as evaluate_library
+            from evaluate import saving
 
-            evaluate_library.save(output, **result.metrics(), model=name, data=config.data.prepared_dir)
+            # its own asks git about the working folder: it fails where there is no git, and elsewhere git complains aloud
+            saving._git_commit_hash = run_folder.commit
+            saving.save(output, **result.metrics(), model=name, data=config.data.prepared_dir)
             print(f"saved in {output}", flush=True)
     finish(accelerator)
     return result

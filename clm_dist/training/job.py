@@ -7,7 +7,7 @@ from typing import Any
 from clm_dist.config import Config
 from clm_dist.data.blocks import Blocks
 from clm_dist.data.manifest import Manifest
-from clm_dist.data.prepare import open_prepared
+from clm_dist.data.prepare import open_blocks, open_prepared
 from clm_dist.data.tokenize import load_tokenizer, token_ids
 from clm_dist.model.build import check_fits, max_positions, model_configuration
 from clm_dist.model.generate import prompt_ids
@@ -41,6 +41,6 @@ def open_job(config: Config, overwrite: bool) -> Job:
     check_fits(built, config.data.block_size, manifest.vocab_size, str(config.model.name or config.model.type))
     for prompt in config.generate.prompts:
         prompt_ids(tokenizer, prompt, config.generate, max_positions(built))
-    train_blocks, eval_blocks = Blocks(prepared / "train"), Blocks(prepared / "eval")
+    train_blocks, eval_blocks = (open_blocks(config, manifest, split) for split in ("train", "eval"))
     plan = make_plan(config, len(train_blocks), launched_world_size())
     return Job(manifest, train_blocks, eval_blocks, tokenizer, built, plan)

@@ -1,6 +1,7 @@
 """What happens around the updates: log lines, evaluations, samples, exports. The loop itself stays bare."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from clm_dist.config import Config
+from clm_dist.model.build import max_positions
 from clm_dist.model.generate import generate
 from clm_dist.publish.card import model_card
 from clm_dist.publish.export import export
@@ -69,8 +71,9 @@ class Observer:
         for tracker in self.trackers:
             tracker.finish()
         self.say(f"done: {self.folder}/model is the model, {self.folder}/metrics.jsonl the figures")
-        prompt = next(iter(self.config.generate.prompts), "The")
-        self.say(f"next: clm-dist report {self.folder}   clm-dist generate {self.folder}/model --prompt '{prompt}'")
+        model, prompt = self.folder / "model", next(iter(self.config.generate.prompts), "The")
+        report, generate = ("report", str(self.folder)), ("generate", str(model), "--prompt", prompt)
+        self.say("next: " + "   ".join(shlex.join(("clm-dist", *command)) for command in (report, generate)))
 
     def evaluate_and_sample(self, step: int) -> None:
         """Evaluates on the held-out blocks, where there are any, and continues the recipe's prompts."""
@@ -101,7 +104,10 @@ class Observer:
         manifest = self.job.manifest
         prepared = {"tokenizer": manifest.tokenizer, "hub_id": manifest.source_identity.get("id"), **manifest.splits}
         card = model_card(self.config, figures, environment, prepared)
-        export(self.accelerator, self.model, self.job.tokenizer, self.folder / name, card, self.config.generate)
+        sampling, positions = self.config.generate, max_positions(self.job.model_configuration)
+        if positions is not None and sampling.max_new_tokens >= positions:  # `pipeline` would run past the last
+            sampling = sampling.model_copy(update={"max_new_tokens": positions // 2})
+        export(self.accelerator, self.model, self.job.tokenizer, self.folder / name, card, sampling)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One row to metrics.jsonl and every dashboard (none but on the main process)."""

@@ -31,7 +31,7 @@ def check_free(run_dir: str, overwrite: bool, sources: Iterable[str] = ()) -> No
     """
     folder = Path(run_dir)
     for source in sources:
-        if overwrite and Path(source).resolve().is_relative_to(folder.resolve()):
+        if overwrite and Path(source).exists() and Path(source).resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--overwrite would delete {source}, which this run starts from; choose another run_dir")
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
@@ -86,7 +86,7 @@ def environment(accelerator: Any) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "commit": _commit(),
+        "commit": commit(),
         "processes": accelerator.num_processes,
         "distributed_type": str(accelerator.distributed_type).split(".")[-1],
         "mixed_precision": accelerator.mixed_precision,
@@ -97,7 +97,7 @@ def environment(accelerator: Any) -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of this package's source, with a mark where files differ from it; None outside a checkout."""
 
     def git(*arguments: str) -> str:
