@@ -7,7 +7,7 @@ import re
 from os.path import expanduser
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 Count = Annotated[int, Field(ge=1)]
 Location = Annotated[str, AfterValidator(expanduser)]  # a path or Hub id; ~ means home, in a recipe too
@@ -133,13 +133,19 @@ class TrainConfig(Section):
     micro_batch_size: Count | None = Field(
         None,
         description="Sequences per process per forward (B); lower it when memory is short: accumulation makes up for it "
-        "and the result stays. None: global_batch_size / number of processes.",
+        "and the result stays, but for dropout, whose masks go by it. None: global_batch_size / number of processes.",
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         "no",
         description="Precision of forward and backward; weights, optimizer and sums stay fp32. fp16 needs a GPU.",
     )
     log_every: Count = Field(10, description="Steps between log lines; the only regular synchronisation of training.")
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        """YAML 1.1 reads a bare `no` as false."""
+        return "no" if value is False else value
 
 
 class EvaluateConfig(Section):

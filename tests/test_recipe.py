@@ -136,6 +136,15 @@ def test_an_empty_section_is_its_defaults(tmp_path):
     assert (config.optim.lr, config.optim.beta1, config.track.trackers) == (1.0, 0.9, ())
 
 
+@pytest.mark.parametrize("value", ["no", "bf16"])
+def test_no_is_a_word(tmp_path, value):
+    """YAML 1.1 reads a bare `no` as false, in a recipe and on the command line."""
+    (tmp_path / "r.yaml").write_text(recipe.dump(recipe.build(recipe_values(tmp_path))).replace("'no'", "no"))
+    config = recipe.load(tmp_path / "r.yaml", [f"train.mixed_precision={value}"])
+    assert config.train.mixed_precision == value
+    assert recipe.load(tmp_path / "r.yaml", []).train.mixed_precision == "no"
+
+
 def test_home_is_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     config = recipe.load(
