@@ -255,6 +255,22 @@ def test_evaluating_and_exporting_leave_training_alone(trained, tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 8
 
 
+def test_two_runs_started_into_one_folder(trained, tmp_path):
+    """Both find it free; the second to begin finds it taken, and leaves the first one's files alone."""
+    from accelerate import Accelerator
+
+    from clm_dist.errors import UserError
+    from clm_dist.training.run_folder import create
+
+    config = recipe.load(trained / "recipe.yaml", [f"run_dir={tmp_path / 'run'}"])
+    accelerator = Accelerator(cpu=True)
+    create(config, accelerator, None, overwrite=False)
+    (tmp_path / "run" / "metrics.jsonl").write_text("the first one's")
+    with pytest.raises(UserError, match="was taken by another run that started meanwhile"):
+        create(config, accelerator, None, overwrite=False)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "the first one's"
+
+
 def test_a_dry_run_checks_and_starts_nothing(trained, tmp_path):
     arguments = ("train", trained / "recipe.yaml", "--dry-run", f"run_dir={tmp_path / 'run'}")
     done = run_command(*arguments, env={"WORLD_SIZE": "3"})

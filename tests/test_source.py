@@ -111,6 +111,8 @@ def test_identity_is_of_contents_not_of_names(tmp_path):
         ("a.json", b'[{"text": "a"},\n {"text": }]', r"a.json, line 2, column 11: broken JSON"),
         ("a.jsonl", b'{"text": "ok"}\n{"text": "caf\xe9"}\n', r"line 2: byte 0xe9 at offset 28 is not UTF-8"),
         ("a.txt", b"ok\n\n\xff\xfe", r"line 3: byte 0xff at offset 4 is not UTF-8; convert"),
+        ("a.txt", b"it\x92s", "iconv -f windows-1252 -t utf-8"),
+        ("a.txt", "text".encode("utf-16"), "iconv -f utf-16 -t utf-8"),
         ("a.csv", b'text\n"open', r"a.csv, line \d: broken CSV"),
         ("a.csv", b"text\na,b\n", r"a.csv, line 2: more fields than the header names"),
         ("a.jsonl", b'{"texts": "a", "title": "b"}', r"no column text; did you mean texts\?.*there are: texts, title"),

@@ -253,9 +253,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 yield number, raw.decode("utf-8")
             except UnicodeDecodeError as error:
+                # 0x80 to 0x9f are quotes and dashes in Windows-1252, and invisible controls in Latin-1
+                encoding = "windows-1252" if 0x80 <= raw[error.start] <= 0x9F else "latin1"
+                encoding = (
+                    "utf-16" if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else encoding
+                )
                 raise UserError(
                     f"{path}, line {number}: byte 0x{raw[error.start]:02x} at offset {offset + error.start} is not UTF-8; "
-                    f"convert the file, e.g. iconv -f latin1 -t utf-8"
+                    f"convert the file, e.g. iconv -f {encoding} -t utf-8"
                 ) from None
             offset += len(raw)
 

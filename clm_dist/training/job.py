@@ -27,6 +27,7 @@ class Job:
     tokenizer: Any
     model_configuration: Any
     plan: Plan
+    overwrite: bool  # whether run_dir may hold a run, to be replaced
 
 
 def open_job(config: Config, overwrite: bool) -> Job:
@@ -43,4 +44,4 @@ def open_job(config: Config, overwrite: bool) -> Job:
         prompt_ids(tokenizer, prompt, config.generate, max_positions(built))
     train_blocks, eval_blocks = (open_blocks(config, manifest, split) for split in ("train", "eval"))
     plan = make_plan(config, len(train_blocks), launched_world_size())
-    return Job(manifest, train_blocks, eval_blocks, tokenizer, built, plan)
+    return Job(manifest, train_blocks, eval_blocks, tokenizer, built, plan, overwrite)

@@ -40,9 +40,8 @@ class Observer:
     def begin(self) -> None:
         """Fills the run folder, prints the arithmetic, evaluates the model as it comes."""
         if self.accelerator.is_main_process:
-            run_folder.create(
-                self.config, self.accelerator, getattr(self.job.model_configuration, "_commit_hash", None)
-            )
+            base_model_commit = getattr(self.job.model_configuration, "_commit_hash", None)
+            run_folder.create(self.config, self.accelerator, base_model_commit, self.job.overwrite)
             self.trackers = open_trackers(self.config, self.folder)
         plain = self.accelerator.unwrap_model(self.model)
         self.parameters = sum(parameter.numel() for parameter in plain.parameters())

@@ -56,24 +56,30 @@ def check_free(run_dir: str, overwrite: bool, sources: Iterable[str] = ()) -> No
         )
 
 
-def create(config: Config, accelerator: Any, base_model_commit: str | None) -> Path:
-    """Empties and fills the run folder. On the main process, after every rank has passed `check_free`.
+def create(config: Config, accelerator: Any, base_model_commit: str | None, overwrite: bool) -> None:
+    """Fills the run folder, emptied where the user asked for that. On the main process, after `check_free` on all ranks.
 
     base_model_commit: what `model.name` resolved to on the Hub; None for a folder or a model from scratch.
     """
     folder = Path(config.run_dir)
-    staged = [path.name for path in folder.iterdir() if _is_staged(path.name)] if folder.is_dir() else []
-    for name in (*CONTENTS, *staged):
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(recipe.dump(config), encoding="utf-8")
+    if overwrite:
+        staged = [path.name for path in folder.iterdir() if _is_staged(path.name)]
+        for name in (*CONTENTS, *staged):
+            path = folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    try:
+        with (folder / "config.yaml").open("x", encoding="utf-8") as file:  # who makes it owns the folder
+            file.write(recipe.dump(config))
+    except FileExistsError:
+        raise UserError(
+            f"run_dir={config.run_dir} was taken by another run that started meanwhile; set another run_dir"
+        ) from None
     facts = {**environment(accelerator), "base_model_commit": base_model_commit}
     (folder / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    return folder
 
 
 def _is_staged(name: str) -> bool:
