@@ -13,8 +13,7 @@ from clm_dist.errors import ConfigError, UserError
 
 def prepare(args: argparse.Namespace) -> None:
     """Text to blocks. One process: a launcher would make every rank do all of it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("prepare is one process's work; run `clm-dist prepare RECIPE` without the launcher")
+    _refuse_launcher("prepare")
     config = recipe.load(args.recipe, args.overrides)
     from clm_dist.data.manifest import MANIFEST
     from clm_dist.data.prepare import prepare as prepare_data
@@ -52,6 +51,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Continues prompts, streaming to the terminal, or a file of prompts into JSON lines."""
+    _refuse_launcher("generate")
     prompts = _prompts(args)
     overrides = _sampling(args)
     quiet_libraries()
@@ -81,6 +81,7 @@ def generate(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     """One HTML page of a run."""
+    _refuse_launcher("report")
     from clm_dist.publish.report import write_report
 
     _check_output(args.output, ".html")
@@ -102,6 +103,12 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         raise UserError("no prompt; give --prompt TEXT (as often as you like) or --prompts-file FILE")
     _check_output(args.output, "")
     return prompts
+
+
+def _refuse_launcher(command: str) -> None:
+    """Under a launcher each rank would do all of it."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(f"{command} is one process's work; run `clm-dist {command}` without the launcher")
 
 
 def _check_output(output: str | None, suffix: str) -> None:

@@ -64,6 +64,7 @@ def test_the_exported_folder_is_what_transformers_expects(trained):
         files = {path.name for path in folder.iterdir()}
         assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= files
         assert not [file for file in files if file.endswith((".bin", ".pt", ".pkl"))]
+        assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # colleagues can read the weights too
     generate = pipeline("text-generation", model=str(trained / "run" / "model"))
     [result] = generate("the cat")
     assert result["generated_text"].startswith("the cat")

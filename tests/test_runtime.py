@@ -13,6 +13,7 @@ LAUNCHED = {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_MIXED_PRECISION": "no
     [
         ("no", {"ACCELERATE_MIXED_PRECISION": "bf16"}, "the launcher says mixed_precision=bf16, the recipe .*=no"),
         ("no", {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "launcher says gradient_accumulation_steps=4"),
+        ("no", {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, "srun started 2 tasks and no launcher joined them"),
         ("no", {**LAUNCHED, "MASTER_ADDR": "127.0.0.1"}, "told to start several processes but started one"),
     ],
 )
@@ -27,6 +28,8 @@ def test_disagreements_with_the_launcher(precision, environment, needle):
         {},
         LAUNCHED,
         {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"},
+        {"SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "4"},
+        {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "1"},
         {"MASTER_ADDR": "node1"},  # a batch script's own variable, without Accelerate's launcher
         {**LAUNCHED, "ACCELERATE_MIXED_PRECISION": "bf16"},
     ],

@@ -28,6 +28,8 @@ def export(
     plain.config.use_cache = trained_with_cache
     tokenizer.save_pretrained(staged)
     (staged / "README.md").write_text(card, encoding="utf-8")
+    for path in staged.glob("*.safetensors"):  # which safetensors makes readable to its owner alone
+        path.chmod((staged / "README.md").stat().st_mode & 0o777)
     former = folder.with_name(f".{folder.name}.former")
     shutil.rmtree(former, ignore_errors=True)
     if folder.exists():

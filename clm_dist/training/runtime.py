@@ -41,6 +41,13 @@ def check_launch(mixed_precision: str, environment: Mapping[str, str] = os.envir
             "the launcher was told to start several processes but started one (distributed_type MULTI_CPU or --cpu does "
             "that); launch with --config_file accelerate_configs/ddp.yaml, which works on CPU too"
         )
+    # a step of srun, not the batch script around it, which knows of several tasks too and may well launch from one
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1" and "WORLD_SIZE" not in environment:
+        raise UserError(
+            f"srun started {tasks} tasks and no launcher joined them: each would train by itself; start one task a node: "
+            "srun --ntasks-per-node=1 accelerate launch ..."
+        )
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.mixed_precision=fp16 needs a GPU; set train.mixed_precision=bf16 or no")
 
