@@ -9,20 +9,17 @@ Both train the same small GPT-2 from the same weights on the same blocks in the 
 import argparse
 import json
 import os
-import re
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from datetime import date
 from pathlib import Path
 from statistics import harmonic_mean, median
 
-from clm_dist.versions import versions
+from common import ROOT, cell, facts
 
-ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = "accelerate.commands.launch --config_file accelerate_configs/ddp.yaml --num_processes 2 --main_process_port 0"
 BATCH, BLOCK, VOCABULARY, LR, DECAY, SEED = 16, 128, 2048, 1e-3, 0.1, 42  # BATCH: sequences a step over both processes
 LOG_EVERY = 20  # steps; the first LOG_EVERY are not timed
@@ -177,15 +174,13 @@ def main() -> None:
     table = "| | clm-dist | Trainer | clm-dist / Trainer |\n|---|---|---|---|\n"
     for title, (name, form) in ROWS.items():
         sides = found[f"clm-dist {name}"], found[f"Trainer {name}"]
-        cells = [f"{median(side):{form}} ({min(side):{form}} to {max(side):{form}})" for side in sides]
-        table += f"| {title} | {cells[0]} | {cells[1]} | {median(sides[0]) / median(sides[1]):.3f} |\n"
+        cells = f"{cell(sides[0], form)} | {cell(sides[1], form)}"
+        table += f"| {title} | {cells} | {median(sides[0]) / median(sides[1]):.3f} |\n"
     print(table)
     if args.output:
         options = f"--steps {args.steps} --repeats {args.repeats} --trainer '{args.trainer}'"
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-        used = ", ".join(f"{name} {version}" for name, version in versions().items())
-        facts = f"`python benchmarks/training.py {options}`\n\n{date.today()}; {os.cpu_count()} cores, {cpu};\n{used}."
-        args.output.write_text(f"# Training and evaluation against Trainer, CPU\n\n{table}\n{facts}\n\n{NOTES}")
+        told = facts(f"benchmarks/training.py {options}")
+        args.output.write_text(f"# Training and evaluation against Trainer, CPU\n\n{table}\n{told}\n\n{NOTES}")
 
 
 def work(folder: str, worker: str, *arguments: str) -> None:

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from clm_dist import __version__
-from clm_dist.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISCONFIGURED, UserError
+from clm_dist.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISCONFIGURED, RunError, UserError
 
 PATIENCE = 10  # seconds; a rank's message is out and the launcher has ended the others long before
 
 DESCRIPTION = """Train causal language models on many processes: exact order, exact loss, exact perplexity.
 
   clm-dist prepare  RECIPE   text to blocks of token ids on disk, once
+  clm-dist data inspect DIR  what prepared data holds; data verify DIR: whether it is what was written
   clm-dist train    RECIPE   train, evaluate, export; many processes by `accelerate launch ... -m clm_dist train RECIPE`
   clm-dist evaluate RECIPE   exact loss and perplexity of any model on the recipe's held-out text
   clm-dist generate MODEL    text from a model folder or Hub id
@@ -27,7 +28,28 @@ DESCRIPTION = """Train causal language models on many processes: exact order, ex
 REVISION = {"help": "commit or tag of the model on the Hub (default: the newest)"}
 # command -> summary, what it is given, what that is, options
 COMMANDS: dict[str, tuple[str, str, str, dict[str, dict[str, Any]]]] = {
-    "prepare": ("text to blocks of token ids on disk", "RECIPE", "YAML recipe", {}),
+    "prepare": (
+        *("text to blocks of token ids on disk", "RECIPE", "YAML recipe"),
+        {
+            "--workers": {"type": int, "metavar": "N", "help": "processes that tokenise (default: one a core)"},
+            "--shard": {
+                "metavar": "I/N",
+                "help": "do only part I (from 0) of N, as a job array does; who comes last puts all parts together",
+            },
+            "--status": {"action": "store_true", "help": "say what is done and what is missing; do nothing"},
+        },
+    ),
+    "data inspect": (
+        *("manifest, lengths and single blocks of prepared data", "FOLDER", "prepared data (data.prepared_dir)"),
+        {
+            "--block": {"type": int, "metavar": "N", "help": "show the text of this block (from 0)"},
+            "--split": {"choices": ("train", "eval"), "default": "train", "help": "of this split (default train)"},
+        },
+    ),
+    "data verify": (
+        *("reread prepared data against its check sums", "FOLDER", "prepared data (data.prepared_dir)"),
+        {},
+    ),
     "train": (
         *("train, evaluate each epoch, export", "RECIPE", "YAML recipe"),
         {
@@ -65,7 +87,9 @@ COMMANDS: dict[str, tuple[str, str, str, dict[str, dict[str, Any]]]] = {
     ),
 }
 INTERRUPTED = {
-    "prepare": "nothing was written",
+    "prepare": "what was finished is kept, and the same command goes on from there",
+    "data inspect": "nothing was written",
+    "data verify": "nothing was written",
     "train": "the run folder keeps the metrics and models written so far",
     "evaluate": "nothing was written",
     "generate": "texts finished before are kept",
@@ -95,11 +119,14 @@ def main(argv: Sequence[str]) -> int:
     try:
         from clm_dist import commands
 
-        getattr(commands, args.command)(args)
+        getattr(commands, args.command.replace(" ", "_"))(args)
     except UserError as error:
         lead = f"clm-dist {args.command}:\n" if "\n" in str(error) else f"clm-dist {args.command}: error: "
         _complain(f"{lead}{error}")
         return EXIT_MISCONFIGURED
+    except RunError as error:
+        _complain(f"clm-dist {args.command}: failed: {error}")
+        return EXIT_FAILED
     except (Exception, KeyboardInterrupt) as error:
         if interrupted:
             if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -134,16 +161,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"clm-dist {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     asked_for_help = bool({"-h", "--help"} & set(argv))
+    groups = {"": commands}
     for name, (summary, target, meaning, options) in COMMANDS.items():
+        group, _, verb = name.rpartition(" ")
+        if group not in groups:
+            within = commands.add_parser(group, help=f"commands on {group}", **layout)
+            groups[group] = within.add_subparsers(dest="verb", required=True, metavar="COMMAND")
         takes_settings = target == "RECIPE"
         epilog = _settings_help() if takes_settings and asked_for_help else None
-        sub = commands.add_parser(name, help=summary, description=summary, epilog=epilog, **layout)
+        sub = groups[group].add_parser(verb, help=summary, description=summary, epilog=epilog, **layout)
         sub.add_argument(target.lower(), metavar=target, help=meaning)
         if takes_settings:
             sub.add_argument("overrides", nargs="*", metavar="section.field=value", help="laid over the recipe")
         for option, settings in options.items():
             sub.add_argument(option, **settings)
     args, rest = parser.parse_known_args(argv)
+    if "verb" in args:
+        args.command = f"{args.command} {args.verb}"
     strangers = [text for text in rest if "=" not in text or text.startswith("-") or not hasattr(args, "overrides")]
     if strangers:
         parser.error(

@@ -12,16 +12,38 @@ from clm_dist.errors import ConfigError, UserError
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Text to blocks. One process: a launcher would make every rank do all of it."""
+    """Text to blocks. A launcher would make every rank do all of it; --shard and --workers share it."""
     _refuse_launcher("prepare")
     config = recipe.load(args.recipe, args.overrides)
     from clm_dist.data.manifest import MANIFEST
-    from clm_dist.data.prepare import prepare as prepare_data
+    from clm_dist.preparation.prepare import prepare as prepare_data
+    from clm_dist.preparation.status import status
+    from clm_dist.preparation.work import Shard
 
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers} is no number of processes; give 1 or more")
+    shard = Shard.parse(args.shard) if args.shard else Shard()
     if not (Path(config.data.prepared_dir) / MANIFEST).exists():  # else there is nothing to do, or a misfit to tell
         quiet_libraries()
         _check_positions(config)
-    prepare_data(config)
+    if args.status:
+        print(status(config))
+    else:
+        prepare_data(config, shard, args.workers)
+
+
+def data_inspect(args: argparse.Namespace) -> None:
+    """What prepared data holds."""
+    from clm_dist.preparation.inspect import inspect
+
+    print(inspect(args.folder, args.split, args.block))
+
+
+def data_verify(args: argparse.Namespace) -> None:
+    """Whether prepared data is what was written."""
+    from clm_dist.preparation.verify import verify
+
+    print(verify(args.folder))
 
 
 def train(args: argparse.Namespace) -> None:

@@ -4,13 +4,36 @@ Every field says its unit, its range and why its default is what it is. Reading 
 """
 
 import re
-from os.path import expanduser
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, field_validator
 
 Count = Annotated[int, Field(ge=1)]
-Location = Annotated[str, AfterValidator(expanduser)]  # a path or Hub id; ~ means home, in a recipe too
+
+
+def _at_home(value: str) -> str:
+    """~ means home, in a recipe too; anything else stays as it is written (`Path` would change "./a" and "a//b")."""
+    return str(Path(value).expanduser()) if value.startswith("~") else value
+
+
+Location = Annotated[str, AfterValidator(_at_home)]  # a path or Hub id; ~ means home, in a recipe too
+
+
+def _sources(value: Any) -> str | tuple[str, ...]:
+    """One place or several, with ~ for home."""
+    if isinstance(value, str):
+        return _at_home(value)
+    if isinstance(value, list | tuple) and value and all(isinstance(one, str) for one in value):
+        return tuple(map(_at_home, value))
+    raise ValueError("needs a path or Hub id, or a list of paths")
+
+
+def _plain(value: str | tuple[str, ...]) -> str | list[str]:
+    return value if isinstance(value, str) else list(value)
+
+
+Sources = Annotated[str | tuple[str, ...], PlainValidator(_sources), PlainSerializer(_plain)]
 
 
 def _numbers(value: Any) -> Any:
@@ -27,16 +50,41 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
+class MixtureEntry(Section):
+    """One source of a mixture. What it leaves out is that of `data`."""
+
+    source: Sources = Field(description="As data.source.")
+    weight: float = Field(gt=0, description="Share of the tokens, relative to the other weights.")
+    config_name: str | None = Field(None, description="As data.config_name.")
+    revision: str | None = Field(None, description="As data.revision.")
+    text_column: str | None = Field(None, description="As data.text_column. None: that of `data`.")
+
+
 class DataConfig(Section):
     """Which text, cut into which blocks."""
 
-    source: Location = Field(
-        description="A local file, folder or glob (.json, .jsonl, .csv, .txt, .parquet, each also .gz), or a data "
-        "set on the Hub (owner/name)."
+    source: Sources | None = Field(
+        None,
+        description="Local files, folders or globs, one or a list (.json, .jsonl, .csv, .txt, .parquet, each also .gz), "
+        "or a data set on the Hub (owner/name).",
+    )
+    mixture: tuple[MixtureEntry, ...] = Field(
+        (),
+        description="Instead of `source`: several, each with a weight. At every moment each has its share of the tokens, "
+        "to within one document.",
+    )
+    mixture_stop: Literal["first_exhausted", "all_exhausted"] = Field(
+        "first_exhausted",
+        description="When a mixture ends: with the first source that has no more (nothing is repeated), or when all were "
+        "read (smaller ones are repeated; documents held out for evaluation never are).",
     )
     config_name: str | None = Field(None, description="Configuration of a Hub data set that has several.")
     revision: str | None = Field(
         None, description="Commit or tag of a Hub data set. None takes the newest and records which that was."
+    )
+    streaming: bool = Field(
+        False,
+        description="Read a Hub data set as it comes instead of fetching it first: for sets larger than the disk.",
     )
     train_split: str = Field("train", description="Split to train on. A local source without splits is all `train`.")
     eval_split: str | None = Field(
@@ -61,6 +109,13 @@ class DataConfig(Section):
         description="Column with the text; dots reach into nested columns (answers.text). Ignored for .txt.",
     )
     text_separator: str = Field(" ", description="Joins a column that holds a list of texts, as the guide does.")
+    on_error: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A broken record ends the work, or is left out, counted, and written to bad_records.jsonl.",
+    )
+    deduplicate: bool = Field(False, description="Leave out exact copies of a document; the first of them stays.")
+    min_document_tokens: Count | None = Field(None, description="Leave out documents of fewer tokens.")
+    max_document_tokens: Count | None = Field(None, description="Leave out documents of more tokens.")
     append_eos: bool = Field(
         True,
         description="End-of-text after every document, so that the model learns where one ends. The guide does not.",
@@ -74,7 +129,24 @@ class DataConfig(Section):
     block_size: int = Field(
         128, ge=2, description="Tokens per training sequence (T). The guide's 128 fits small memory."
     )
+    packing: Literal["concatenate", "best_fit"] = Field(
+        "concatenate",
+        description="One stream of text cut every block_size tokens, as the guide does; or whole documents into blocks "
+        "where they fit best, the rest of a block padding, and only documents longer than a block cut.",
+    )
+    independent_shards: Count | None = Field(
+        None,
+        description="Group the text in so many parts, each by itself: less than one block is lost in each of them instead "
+        "of in the whole split.",
+    )
     prepared_dir: Location = Field(description="Folder for the blocks on disk: written by `prepare`, read by `train`.")
+
+    def entries(self) -> tuple[MixtureEntry, ...]:
+        """The sources one by one, each complete: those of `mixture`, or `source` alone."""
+        alone = MixtureEntry(source=self.source or "", weight=1, config_name=self.config_name, revision=self.revision)
+        column = self.text_column
+        entries = self.mixture or (alone,)
+        return tuple(entry.model_copy(update={"text_column": entry.text_column or column}) for entry in entries)
 
 
 class ModelConfig(Section):
@@ -204,53 +276,3 @@ class Config(Section):
     generate: GenerateConfig = GenerateConfig()
     track: TrackConfig = TrackConfig()
     publish: PublishConfig = PublishConfig()
-
-
-def disagreements(config: Config) -> list[str]:
-    """Problems between fields, each with its remedy; empty when the tree makes sense as a whole."""
-    data, model, optim, train = config.data, config.model, config.optim, config.train
-    problems = []
-    if (model.name is None) == (model.type is None):
-        given = f"model.name={model.name} and model.type={model.type} are given"
-        problems.append(f"{given}; set one of them: a name to load, or a type to build from scratch")
-    if model.from_scratch and model.name is None:
-        problems.append(
-            "model.from_scratch=true needs model.name; model.type is always built from scratch: leave it out"
-        )
-    if data.tokenizer is not None and data.tokenizer_vocab_size is not None:
-        problems.append(
-            f"data.tokenizer={data.tokenizer} would be loaded and data.tokenizer_vocab_size="
-            f"{data.tokenizer_vocab_size} trained; set one of them"
-        )
-    if data.tokenizer is None and data.tokenizer_vocab_size is None and model.name is None:
-        problems.append(
-            "no tokenizer: set data.tokenizer (a folder or Hub id) or data.tokenizer_vocab_size (to train one)"
-        )
-    if (data.eval_split is None) == (data.eval_fraction is None):
-        given = f"data.eval_split={data.eval_split} and data.eval_fraction={data.eval_fraction} are given"
-        problems.append(f"{given}; set one of them (eval_fraction=0.2 as the guide, 0 for no evaluation)")
-    if data.eval_split is not None and data.eval_split == data.train_split:
-        problems.append(f"data.eval_split={data.eval_split} is also data.train_split; evaluate on other text")
-    if (train.epochs is None) == (train.max_steps is None):
-        problems.append(f"train.epochs={train.epochs} and train.max_steps={train.max_steps} are given; set one of them")
-    if train.micro_batch_size is not None and train.global_batch_size % train.micro_batch_size:
-        problems.append(
-            f"train.global_batch_size={train.global_batch_size} is not divisible by train.micro_batch_size="
-            f"{train.micro_batch_size}; set a micro_batch_size among {divisors(train.global_batch_size)}"
-        )
-    if (optim.decay_steps is not None) != (optim.schedule == "wsd"):
-        problems.append(
-            f"optim.schedule={optim.schedule} with optim.decay_steps={optim.decay_steps}: decay_steps is for wsd, "
-            "which needs it; change one of them"
-        )
-    if train.max_steps is not None and optim.warmup_steps + (optim.decay_steps or 0) > train.max_steps:
-        problems.append(
-            f"optim.warmup_steps={optim.warmup_steps} and decay_steps={optim.decay_steps or 0} do not fit into "
-            f"train.max_steps={train.max_steps}; shorten them"
-        )
-    return problems
-
-
-def divisors(number: int) -> str:
-    """The divisors of `number` as text, smallest first: '1, 2, 4'."""
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

@@ -20,6 +20,10 @@ class ConfigError(UserError):
         super().__init__("\n".join(f"- {problem}" for problem in self.problems))
 
 
+class RunError(Exception):
+    """The work failed, through no fault of the input. The command line prints the message and exits with 1."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the known name closest to `name`, or a list of the known names."""
     names = sorted(set(known))

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -11,5 +11,16 @@ def progress(items: Iterable[T], label: str, unit: str, visible: bool = True) ->
     """The items, with a bar on stderr that vanishes at the end; none where stderr is no terminal or not `visible`."""
     from tqdm import tqdm
 
+    return tqdm(items, **_looks(label, unit, visible))
+
+
+def bar(label: str, unit: str, total: int | None) -> Any:
+    """A bar that is moved by hand (`update`); a context manager."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, **_looks(label, unit, True))
+
+
+def _looks(label: str, unit: str, visible: bool) -> dict[str, Any]:
     hidden = not visible or not sys.stderr.isatty()
-    return tqdm(items, desc=label, unit=f" {unit}", unit_scale=True, disable=hidden, leave=False)
+    return {"desc": label, "unit": f" {unit}", "unit_scale": True, "disable": hidden, "leave": False}

@@ -9,7 +9,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from clm_dist.config import Config, Location, Section, disagreements
+from clm_dist.config import Config, Location, Section, Sources
+from clm_dist.disagreements import disagreements
 from clm_dist.errors import ConfigError, UserError, nearest
 
 
@@ -91,7 +92,7 @@ def override(values: dict[str, Any], text: str) -> str | None:
         if raw in ("null", "None"):  # YAML's word, and the one that --help shows
             node[path[-1]] = None
         else:
-            node[path[-1]] = raw if _is_text(path) else yaml.safe_load(raw)
+            node[path[-1]] = raw if _is_text(path, raw) else yaml.safe_load(raw)
     except yaml.YAMLError:
         return f"{key}={raw} is not a YAML value; quote it"
     return None
@@ -115,7 +116,8 @@ def explain(details: Any) -> str:
     meaning = f" ({field.description})" if field is not None and field.description else ""
     if details["type"] == "missing":
         return f"{key} is missing; set it{meaning}"
-    needed = details["msg"][0].lower() + details["msg"][1:]
+    needed = details["msg"].removeprefix("Value error, ")
+    needed = needed[0].lower() + needed[1:]
     return f"{key}={details['input']!r}: {needed}{meaning}"
 
 
@@ -132,8 +134,12 @@ def section_at(path: list[str]) -> type[BaseModel] | None:
     """The section class at a dotted path; None where there is none."""
     section: Any = Config
     for name in path:
+        if str(name).isdecimal():  # an entry of a list: of what the list holds
+            continue
         field = section.model_fields.get(name) if hasattr(section, "model_fields") else None
         section = field.annotation if field is not None else None
+        if get_origin(section) is tuple:
+            section = get_args(section)[0]
         if not (isinstance(section, type) and issubclass(section, Section)):
             return None
     return section
@@ -176,22 +182,28 @@ def _type_name(annotation: Any) -> str:
     return " | ".join(str(part) for part in parts)
 
 
-def _is_text(path: list[str]) -> bool:
+def _is_text(path: list[str], raw: str) -> bool:
     """Whether the field takes text, so that `model.name=123` stays text and " " stays a space."""
     field = field_at(path)
+    if field is not None and field.annotation == Sources | None:
+        return not (raw.startswith("[") and raw.endswith("]"))  # else a list; "[ab].txt" is a glob
     return field is not None and field.annotation in (str, str | None, Location | None)
 
 
 def _mend(values: dict[str, Any], details: Any) -> str:
     """Leaves out what is wrong, or puts something in the place of what is missing; returns its dotted name."""
     path = list(details["loc"])
+    while isinstance(path[-1], int):  # an entry of a list: the whole list goes
+        path.pop()
     for depth, part in enumerate(path[:-1], 1):
         if section_at(path[:depth]) is None:  # within a list or mapping: the whole field goes
             path = path[:depth]
             break
         values = values[part]
     if details["type"] == "missing":
-        values[path[-1]] = {} if section_at(path) else "?"
+        field = field_at(path)
+        number = field is not None and field.annotation in (int, float)
+        values[path[-1]] = {} if section_at(path) else 1 if number else "?"
     else:
         values.pop(path[-1], None)
     return ".".join(map(str, path))

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
@@ -145,6 +146,15 @@ def write_recipe(path: Path, values: dict) -> Path:
 
 def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_blocks(folder: Path, rows, split: str = "train"):
+    """Rows of ids (n, T) as a split on disk; each begins with a document."""
+    from clm_dist.data.blocks import BlockWriter
+
+    writer = BlockWriter(folder, rows.shape[1], rows.dtype, split)
+    writer.write(rows, np.arange(0, rows.size, rows.shape[1]))
+    writer.close()
 
 
 @pytest.fixture

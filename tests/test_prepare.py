@@ -14,12 +14,14 @@ import pytest
 from conftest import ROOT, SAMPLE, recipe_values, run_command, write_documents, write_recipe
 
 from clm_dist import recipe
-from clm_dist.data import prepare as module
 from clm_dist.data.blocks import Blocks
 from clm_dist.data.manifest import read_manifest
-from clm_dist.data.prepare import open_prepared, prepare
+from clm_dist.data.prepared import open_prepared
 from clm_dist.data.tokenize import load_tokenizer
 from clm_dist.errors import ConfigError, UserError
+from clm_dist.preparation import assemble
+from clm_dist.preparation.packing import Packed
+from clm_dist.preparation.prepare import prepare
 
 
 def build(folder, **data):
@@ -101,18 +103,23 @@ def test_changed_contents_under_the_same_name(tiny):
 
 def test_empty_documents_are_left_out_and_counted(tiny):
     with (tiny / "texts.jsonl").open("a") as file:
-        file.write('{"text": ""}\n{"text": null}\n')
+        file.write('{"text": ""}\n{"text": null}\n{"text": " \\n\\t"}\n')
     config = build(tiny)
     prepare(config)
-    train = read_manifest(config.data.prepared_dir).splits["train"]
-    assert train.empty_documents == 2
-    assert train.documents == 96
+    manifest = read_manifest(config.data.prepared_dir)
+    assert manifest.left_out.empty == 3
+    assert manifest.splits["train"].documents == 96
 
 
 def test_no_text_at_all(tiny):
     (tiny / "texts.jsonl").write_text('{"text": ""}\n{"text": null}\n')
-    with pytest.raises(UserError, match=r"holds no text in column text \(2 empty documents\)"):
+    with pytest.raises(UserError, match="holds no text in column text to train a tokenizer on"):
         prepare(build(tiny))
+    prepared = build(tiny, tokenizer=str(tiny / "with" / "tokenizer"), tokenizer_vocab_size=None)
+    (tiny / "good.jsonl").write_text('{"text": "some text"}\n' * 40)
+    prepare(build(tiny, source=str(tiny / "good.jsonl"), prepared_dir=str(tiny / "with"), eval_fraction=0))
+    with pytest.raises(UserError, match=r"holds no text in column text \(2 empty documents\)"):
+        prepare(prepared)
     (tiny / "texts.jsonl").write_text("")
     with pytest.raises(UserError, match="holds no text"):
         prepare(build(tiny))
@@ -130,23 +137,6 @@ def test_less_than_a_block(tiny):
     with pytest.raises(UserError, match=r"the train split has \d+ tokens, fewer than one block"):
         prepare(build(tiny, eval_fraction=0.0))
     assert leftovers(tiny) == []
-
-
-def test_two_at_once(tiny, monkeypatch, capsys):
-    """The one that is done second finds the first one's result, and leaves it."""
-    original = module.write_split
-
-    def slow(folder, name, *rest):
-        if name == "train":
-            monkeypatch.setattr(module, "write_split", original)
-            prepare(build(tiny, eval_fraction=0.3))  # the other, done in the meantime
-        return original(folder, name, *rest)
-
-    monkeypatch.setattr(module, "write_split", slow)
-    with pytest.raises(UserError, match="was written by another prepare meanwhile; run this one again"):
-        prepare(build(tiny))
-    assert read_manifest(str(tiny / "prepared")).options["eval_fraction"] == 0.3
-    assert leftovers(tiny) == ["prepared"]
 
 
 def test_named_splits(tmp_path):
@@ -168,18 +158,20 @@ def test_a_folder_of_somebody_else_is_left_alone(tiny):
 
 def test_the_guides_grouping_is_caught(tiny, monkeypatch):
     """Mutant: grouping batch by batch, as the guide's map does, loses a remainder for each; conservation says so."""
-    right = module.group
+    right = assemble.concatenate
 
-    def per_batch(arrays, block_size):
-        for array in arrays:
-            for start in range(0, len(array), 200):
-                yield from right([array[start : start + 200]], block_size)
-        return np.empty(0, dtype=np.uint16)
+    def per_batch(batches, block_size):
+        rest = 0
+        for batch in batches:
+            for ids in np.array_split(batch.ids, 5):
+                for piece in right([assemble.Documents(ids, np.array([len(ids)]))], block_size):
+                    yield Packed(piece.blocks, piece.starts[:0], None)
+        return rest
 
-    monkeypatch.setattr(module, "group", per_batch)
+    monkeypatch.setattr(assemble, "concatenate", per_batch)
     with pytest.raises(AssertionError, match="tokens in"):
         prepare(build(tiny))
-    assert leftovers(tiny) == []
+    assert not (tiny / "prepared").exists()
 
 
 def test_no_space_left(tiny):
@@ -217,7 +209,7 @@ def test_a_full_disk(tiny):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_nothing(tiny, number):
+def test_an_interrupt_leaves_no_data_set(tiny, number):
     write_documents(tiny / "texts.jsonl", count=60_000)
     process = subprocess.Popen(
         [sys.executable, "-m", "clm_dist", "prepare", str(tiny / "recipe.yaml")],
@@ -230,8 +222,8 @@ def test_an_interrupt_leaves_nothing(tiny, number):
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "clm-dist prepare: interrupted; nothing was written" in err and "Traceback" not in err
-    assert leftovers(tiny) == []
+    assert "interrupted; what was finished is kept" in err and "Traceback" not in err
+    assert not (tiny / "prepared").exists()
 
 
 def test_prepare_is_not_launched(tiny):

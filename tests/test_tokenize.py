@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import SAMPLE, read_rows
 
-from clm_dist.data.tokenize import ids_dtype, load_tokenizer, tokenize, tokenizer_sha256, train_tokenizer
+from clm_dist.data.tokenize import ids_dtype, load_tokenizer, save_tokenizer, tokenizer_sha256, train_tokenizer
 from clm_dist.errors import UserError
 
 TEXTS = [" ".join(row["answers"]["text"]) for row in read_rows(SAMPLE)][:40]
@@ -28,32 +28,17 @@ def test_every_byte_comes_back(bpe):
         assert bpe.decode(bpe(text)["input_ids"]) == text
 
 
-@pytest.mark.parametrize("append_eos", [True, False])
-def test_documents_become_one_stream(bpe, append_eos):
-    texts = ["One.", "Two two."] * 700  # more than a batch
-    batches = list(tokenize(texts, bpe, append_eos))
-    assert sum(count for count, _ in batches) == 1400 and len(batches) == 2
-    eos = [bpe.eos_token_id] if append_eos else []
-    expected = [token for text in texts for token in bpe(text)["input_ids"] + eos]
-    assert np.concatenate([ids for _, ids in batches]).tolist() == expected
-
-
-def test_special_tokens_of_the_tokenizer_stay_out():
-    """[CLS] and <s> would stand in the middle of blocks."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"[CLS]": 0, "a": 1, "b": 2, "[UNK]": 3}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
-    [(count, ids)] = tokenize(["a b", "b"], tokenizer, append_eos=False)
-    assert (count, ids.tolist()) == (2, [1, 2, 2])
-    with pytest.raises(UserError, match=r"has no end-of-text token; set data.append_eos=false"):
-        list(tokenize(["a"], tokenizer, append_eos=True))
+def test_what_is_saved_is_small_and_the_same(bpe, tmp_path):
+    bpe.save_pretrained(tmp_path / "as transformers does")
+    save_tokenizer(bpe, tmp_path / "ours")
+    sizes = [(tmp_path / name / "tokenizer.json").stat().st_size for name in ("as transformers does", "ours")]
+    assert sizes[1] < 0.8 * sizes[0]
+    assert tokenizer_sha256(load_tokenizer(str(tmp_path / "ours"))) == tokenizer_sha256(bpe)
 
 
 def test_the_smallest_type_that_holds_the_vocabulary():
+    assert ids_dtype(256) == np.uint8
+    assert ids_dtype(257) == np.uint16
     assert ids_dtype(50_257) == np.uint16
     assert ids_dtype(65_536) == np.uint16
     assert ids_dtype(65_537) == np.uint32

@@ -1,80 +1,195 @@
-"""Blocks of token ids on disk: an Arrow stream per split that `datasets.load_from_disk` opens too.
+"""Blocks of token ids on disk: Arrow files per split that `datasets.load_from_disk` opens too.
 
 T is block_size. One column, `input_ids`: fixed-size lists of T unsigned integers, so that the ids of a record batch lie
-in one piece in the file and a memory map of it is an (n, T) array.
+in one piece in the file and a memory map of it is an (n, T) array. Beside them lie `documents.npy`, where documents start
+in all blocks one after another (ascending), and where blocks are padded `used.npy`, the tokens of each before that.
 """
 
 import json
-from collections.abc import Generator, Iterable
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
-BLOCKS_PER_BATCH = 1024  # rows of every record batch but the last, so that block i stands in batch i // 1024
-ARROW_FILE = "data-00000-of-00001.arrow"
+BLOCKS_PER_BATCH = 1024  # rows of every record batch but the last of a file
+BYTES_PER_FILE = 2**28  # of ids: small enough to copy again when one is damaged
+DOCUMENTS = "documents.npy"
+USED = "used.npy"
 
 
-def group(token_arrays: Iterable[np.ndarray], block_size: int) -> Generator[np.ndarray, None, np.ndarray]:
-    """Cuts a stream of ids into blocks over the whole split: yields (n, T) arrays, returns the remainder (< T ids)."""
-    rest: list[np.ndarray] = []
-    held = 0
-    for tokens in token_arrays:
-        rest.append(tokens)
-        held += len(tokens)
-        if held >= block_size * BLOCKS_PER_BATCH:
-            joined = np.concatenate(rest)
-            whole = held // (block_size * BLOCKS_PER_BATCH) * block_size * BLOCKS_PER_BATCH
-            yield joined[:whole].reshape(-1, block_size)
-            rest, held = [joined[whole:]], held - whole
-    joined = np.concatenate(rest) if rest else np.empty(0, dtype=np.uint16)
-    whole = held // block_size * block_size
-    if whole:
-        yield joined[:whole].reshape(-1, block_size)
-    return joined[whole:]
+class BlockWriter:
+    """Writes one split in the layout of `Dataset.save_to_disk`, block by block, in flat memory."""
 
+    def __init__(self, folder: Path, block_size: int, dtype: np.dtype[Any], split: str) -> None:
+        folder.mkdir(parents=True)
+        self.folder, self.block_size, self.dtype, self.split = folder, block_size, np.dtype(dtype), split
+        self.blocks = 0
+        self.padding = 0
+        self.files: list[int] = []  # blocks of each file
+        batch_bytes = BLOCKS_PER_BATCH * block_size * self.dtype.itemsize
+        self._per_file = max(1, BYTES_PER_FILE // batch_bytes) * BLOCKS_PER_BATCH
+        self._schema = pa.schema([("input_ids", pa.list_(pa.from_numpy_dtype(self.dtype), block_size))])
+        self._stream: Any = None
+        self._documents = _ArrayWriter(folder / DOCUMENTS)
+        self._used: _ArrayWriter | None = None
+        self._begin = 0  # blocks before the stream that is being written
 
-def write_blocks(folder: Path, blocks: Iterable[np.ndarray], block_size: int, dtype: np.dtype[Any], split: str) -> int:
-    """Writes one split in the layout of `Dataset.save_to_disk`; returns the number of blocks."""
-    from datasets import DatasetInfo, Features, List, Value
+    def write(self, blocks: np.ndarray, starts: np.ndarray, used: np.ndarray | None = None) -> None:
+        """Blocks (n, T) in order; starts: where documents begin in the tokens of this stream so far and these.
 
-    folder.mkdir(parents=True)
-    features = Features({"input_ids": List(Value(dtype.name), length=block_size)})
-    count = 0
-    with (folder / ARROW_FILE).open("wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as stream:
-        for array in blocks:
-            for start in range(0, len(array), BLOCKS_PER_BATCH):
-                piece = np.ascontiguousarray(array[start : start + BLOCKS_PER_BATCH], dtype=dtype)
-                column = pa.FixedSizeListArray.from_arrays(pa.array(piece.reshape(-1)), block_size)
-                stream.write_batch(pa.record_batch([column], schema=features.arrow_schema))
-                count += len(piece)
-    DatasetInfo(features=features).write_to_directory(str(folder))
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": ARROW_FILE}],
-        "_fingerprint": None,
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": split,
-    }
-    (folder / "state.json").write_text(json.dumps(state, indent=2))
-    return count
+        n is a multiple of BLOCKS_PER_BATCH, but for the last of a stream.
+        """
+        for at in range(0, len(blocks), BLOCKS_PER_BATCH):
+            piece = np.ascontiguousarray(blocks[at : at + BLOCKS_PER_BATCH], dtype=self.dtype)
+            if self._stream is None or self.files[-1] == self._per_file:
+                self._next_file()
+            column = pa.FixedSizeListArray.from_arrays(pa.array(piece.reshape(-1)), self.block_size)
+            self._stream.write_batch(pa.record_batch([column], schema=self._schema))
+            self.files[-1] += len(piece)
+            self.blocks += len(piece)
+        whole = (self.blocks - self._begin) * self.block_size
+        self._documents.write(starts[: np.searchsorted(starts, whole)] + self._begin * self.block_size)
+        if used is not None:
+            self._used = self._used or _ArrayWriter(self.folder / USED)
+            self._used.write(used)
+            self.padding += len(used) * self.block_size - int(used.sum())
+
+    def end_stream(self) -> None:
+        """What follows is counted anew, in a file of its own (an independent shard)."""
+        self._begin = self.blocks
+        self._close_file()
+
+    def close(self) -> None:
+        """Gives the files their names and writes what `datasets` wants to know."""
+        if not self.files:
+            self._next_file()  # a split without blocks opens too
+        self._close_file()
+        names = [f"data-{number:05d}-of-{len(self.files):05d}.arrow" for number in range(len(self.files))]
+        for number, name in enumerate(names):
+            self._partial(number).rename(self.folder / name)
+        for array in filter(None, (self._documents, self._used)):
+            array.close()
+        value = {"dtype": self.dtype.name, "_type": "Value"}
+        features = {"input_ids": {"feature": value, "length": self.block_size, "_type": "List"}}
+        _write_json(self.folder / "dataset_info.json", {"citation": "", "description": "", "features": features})
+        state: dict[str, Any] = dict.fromkeys(("_fingerprint", "_format_columns", "_format_type"))
+        state |= {"_format_kwargs": {}, "_output_all_columns": False, "_split": self.split}
+        state["_data_files"] = [{"filename": name} for name in names]
+        _write_json(self.folder / "state.json", state)
+
+    def blocks_by_file(self) -> dict[str, int]:
+        """How many blocks each file holds."""
+        return dict(zip(arrow_files(self.folder), self.files, strict=True))
+
+    def _next_file(self) -> None:
+        self._close_file()
+        self._stream = pa.ipc.new_stream(str(self._partial(len(self.files))), self._schema)
+        self.files.append(0)
+
+    def _close_file(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _partial(self, number: int) -> Path:
+        return self.folder / f"data-{number:05d}.partial"
 
 
 class Blocks:
     """A split's blocks, memory-mapped: `blocks[[3, 17]]` is a (2, T) array."""
 
     def __init__(self, folder: Path) -> None:
-        table = pa.ipc.open_stream(pa.memory_map(str(folder / ARROW_FILE))).read_all()
-        self.block_size: int = table.schema.field("input_ids").type.list_size
-        chunks = table.column("input_ids").chunks
-        self._batches = [chunk.flatten().to_numpy().reshape(-1, self.block_size) for chunk in chunks]
+        self._batches: list[np.ndarray] = []
+        for name in arrow_files(folder):
+            table = pa.ipc.open_stream(pa.memory_map(str(folder / name))).read_all()
+            column = table.schema.field("input_ids").type
+            self.block_size: int = column.list_size
+            self.dtype = np.dtype(column.value_type.to_pandas_dtype())
+            chunks = table.column("input_ids").chunks
+            self._batches += [chunk.flatten().to_numpy().reshape(-1, self.block_size) for chunk in chunks]
+        self._starts = [0, *accumulate(map(len, self._batches))]  # the number of each batch's first block
+        self._documents = np.load(folder / DOCUMENTS, mmap_mode="r", allow_pickle=False)
+        has_padding = (folder / USED).exists()
+        self._used = np.load(folder / USED, mmap_mode="r", allow_pickle=False) if has_padding else None
 
     def __len__(self) -> int:
-        return sum(len(batch) for batch in self._batches)
+        return self._starts[-1]
 
-    def __getitem__(self, indices: np.ndarray | list[int]) -> np.ndarray:
-        rows = [self._batches[i // BLOCKS_PER_BATCH][i % BLOCKS_PER_BATCH] for i in np.asarray(indices).tolist()]
-        return np.stack(rows)
+    def __getitem__(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        wanted = indices.tolist() if isinstance(indices, np.ndarray) else indices
+        rows = np.empty((len(wanted), self.block_size), dtype=self.dtype)
+        for row, index in enumerate(wanted):
+            if not 0 <= index < self._starts[-1]:
+                raise IndexError(f"block {index} of {len(self)}")
+            batch = bisect_right(self._starts, index) - 1
+            rows[row] = self._batches[batch][index - self._starts[batch]]
+        return rows
+
+    @property
+    def num_padding(self) -> int:
+        """Tokens that only fill up blocks."""
+        return 0 if self._used is None else len(self) * self.block_size - int(self._used.sum(dtype=np.int64))
+
+    def used(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """(n,) int64: the tokens of each block before its padding."""
+        if self._used is None:
+            return np.full(len(indices), self.block_size, dtype=np.int64)
+        return np.asarray(self._used[np.asarray(indices, dtype=np.int64)], dtype=np.int64)
+
+    def document_starts(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """(n, T) bool: whether a document starts at a token. A block may begin in the midst of one."""
+        marks = np.zeros((len(indices), self.block_size), dtype=bool)
+        for row, index in enumerate(np.asarray(indices).tolist()):
+            begin = index * self.block_size
+            # of the array's own type: else all of it would be converted, at each look
+            bounds = np.array((begin, begin + self.block_size - 1), dtype=self._documents.dtype)
+            first = np.searchsorted(self._documents, bounds[0], "left")
+            last = np.searchsorted(self._documents, bounds[1], "right")
+            marks[row, self._documents[first:last].astype(np.int64) - begin] = True
+        return marks
+
+    def position_ids(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """(n, T) int64: positions that restart with each document (and count on through the padding)."""
+        here = np.arange(self.block_size)
+        return here - np.maximum.accumulate(np.where(self.document_starts(indices), here, 0), axis=1)
+
+
+def arrow_files(folder: Path) -> list[str]:
+    """The names of a split's files of blocks, in order."""
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return [file["filename"] for file in state["_data_files"]]
+
+
+class _ArrayWriter:
+    """A one-dimensional .npy file of ascending or small numbers, written piece by piece.
+
+    Its header says how long it is and of which type (4 bytes a number where that is enough), and so is written last.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.length, self.largest = path, 0, 0
+        self._partial = path.with_name(f"{path.name}.partial")
+        self._file: BinaryIO = self._partial.open("wb")
+
+    def write(self, values: np.ndarray) -> None:
+        self._file.write(values.astype(np.int64).tobytes())
+        self.length += len(values)
+        self.largest = max(self.largest, int(values.max(initial=0)))
+
+    def close(self) -> None:
+        self._file.close()
+        dtype = np.dtype(np.uint32 if self.largest < 2**32 else np.int64)
+        header = {"descr": dtype.str, "fortran_order": False, "shape": (self.length,)}
+        with self.path.open("wb") as file, self._partial.open("rb") as values:
+            np.lib.format.write_array_header_1_0(file, header)
+            while data := values.read(2**20):
+                file.write(np.frombuffer(data, dtype=np.int64).astype(dtype).tobytes())
+        self._partial.unlink()
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

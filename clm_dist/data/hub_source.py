@@ -1,48 +1,97 @@
 """Documents from a data set on the Hub, pinned to the commit that was there when `prepare` ran."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from clm_dist.config import DataConfig
-from clm_dist.data.source import text_of
+from clm_dist.config import MixtureEntry
+from clm_dist.data.files import ROWS_PER_BATCH
+from clm_dist.data.records import CHUNK_BYTES, Bad, Chunk, Tables, Values
+from clm_dist.data.source import Part
 from clm_dist.errors import UserError
 
 
 class HubSource:
-    """Documents by split from `datasets.load_dataset`; streaming is not used: the set is read twice."""
+    """Documents by split from `datasets.load_dataset`: fetched first, or as they come (`streaming`)."""
 
-    def __init__(self, config: DataConfig, splits: list[str]) -> None:
-        self.config = config
+    def __init__(self, entry: MixtureEntry, splits: list[str], streaming: bool) -> None:
+        self.entry = entry
         self.names = splits
-        self.newest = _newest_commit(config)  # at once: what may not be read is refused before anything is fetched
+        self.streaming = streaming
+        self.newest = _newest_commit(entry)  # at once: what may not be read is refused before anything is fetched
 
     @cached_property
     def splits(self) -> dict[str, Any]:
-        """The data itself, fetched when first asked for."""
-        return {split: _load(self.config, split, self.newest) for split in self.names}
+        """The data itself, fetched (or opened for streaming) when first asked for."""
+        return {split: _load(self.entry, split, self.newest, self.streaming) for split in self.names}
 
     def identity(self) -> dict[str, Any]:
-        rows = {split: data.num_rows for split, data in self.splits.items()}
-        return {
-            "id": self.config.source,
-            "config": self.config.config_name,
-            "revision": self.newest or _cached_commit(self.config, self.splits),
-            "rows": rows,
-        }
+        """Name, configuration and commit, which together say what every row is."""
+        revision = self.newest or _cached_commit(self.entry, self.splits)
+        return {"id": self.entry.source, "config": self.entry.config_name, "revision": revision}
 
-    def texts(self, split: str) -> Iterator[str]:
-        top = self.config.text_column.split(".")[0]
-        data = self.splits[split]
-        if top in data.column_names:  # the other columns need not be read
-            data = data.select_columns([top])
-        for number, record in enumerate(data, 1):
-            where = f"{self.config.source}, split {split}, record {number}"
-            yield text_of(record, self.config.text_column, self.config.text_separator, where)
+    def parts(self, split: str) -> list[Part]:
+        """Streamed: one a data file, so that shards need not fetch each other's. Else the whole table."""
+        data, name = self.splits[split], f"{self.entry.source}, split {split}"
+        identity = "hub:" + ":".join(map(str, (*self.identity().values(), split)))
+        column = str(self.entry.text_column)
+        if not self.streaming:
+            return [HubPart(name, identity, column, data)]
+        number = data.num_shards
+        shards = [data.shard(num_shards=number, index=index) for index in range(number)]
+        return [
+            HubPart(f"{name}, file {index + 1} of {number}", f"{identity}:{index}/{number}", column, shard)
+            for index, shard in enumerate(shards)
+        ]
 
 
-def _newest_commit(config: DataConfig) -> str | None:
+@dataclass(frozen=True)
+class HubPart:
+    """A `datasets` table or stream."""
+
+    name: str
+    key: str
+    column: str
+    data: Any = field(repr=False)
+    bytes: int = 0
+
+    def num_chunks(self) -> None:
+        """Only reading tells."""
+
+    def chunks(self, first: int = 0) -> Iterator[Chunk]:
+        """The chunks in order from number `first` on."""
+        for number, chunk in enumerate(self._chunks()):
+            if number >= first:
+                yield chunk
+
+    def _chunks(self) -> Iterator[Chunk]:
+        top = self.column.split(".")[0]
+        columns = self.data.column_names or []
+        data = self.data.select_columns([top]) if top in columns and self.column not in columns else self.data
+        held: list[Any] = []
+        start, number, size = 1, 1, 0
+        try:
+            for table in data.with_format("arrow").iter(batch_size=ROWS_PER_BATCH):
+                held += table.to_batches()
+                number += len(table)
+                size += table.nbytes
+                if size >= CHUNK_BYTES:
+                    yield Tables(self.name, held, start)
+                    held, start, size = [], number, 0
+        except Exception as error:  # of a reader of any format, or of the HTTP library in the midst of a stream
+            if held:
+                yield Tables(self.name, held, start)
+            reason = " ".join(str(error.__cause__ or error).split())
+            problem = f"cannot be read on ({type(error).__name__}: {reason}); fetch it again"
+            yield Values([("", Bad(f"{self.name}, record {number}", problem))])
+            return
+        if held:
+            yield Tables(self.name, held, start)
+
+
+def _newest_commit(entry: MixtureEntry) -> str | None:
     """The commit that `revision` (or the default branch) names now; None with HF_HUB_OFFLINE=1.
 
     `datasets` falls back to the newest cached copy with only a warning when the Hub refuses or is silent; with a
@@ -52,43 +101,50 @@ def _newest_commit(config: DataConfig) -> str | None:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
-        return HfApi().dataset_info(config.source, revision=config.revision).sha
+        return HfApi().dataset_info(str(entry.source), revision=entry.revision).sha
     except OfflineModeIsEnabled:
         return None
     except (HfHubHTTPError, HFValidationError) as error:
         raise UserError(
-            f"the Hub has no data set {config.source} (revision {config.revision or 'newest'}) that you may read: "
+            f"the Hub has no data set {entry.source} (revision {entry.revision or 'newest'}) that you may read: "
             f"{str(error).splitlines()[0]}; check the name, set HF_TOKEN for a private set, or give a local file as "
             "data.source"
         ) from None
     except Exception as error:  # of the HTTP library, which is another one from version to version of huggingface_hub
         raise UserError(
-            f"cannot ask the Hub for data.source={config.source}: {error}; check the connection, set HF_HUB_OFFLINE=1 "
+            f"cannot ask the Hub for data.source={entry.source}: {error}; check the connection, set HF_HUB_OFFLINE=1 "
             "to use what was fetched before, or give a local file as data.source"
         ) from None
 
 
-def _cached_commit(config: DataConfig, splits: dict[str, Any]) -> str:
+def _cached_commit(entry: MixtureEntry, splits: dict[str, Any]) -> str:
     """The commit of a cached copy: `datasets` calls the folder by it, and gives the newest whatever was asked for."""
-    commits = {Path(file["filename"]).parent.name for data in splits.values() for file in data.cache_files}
-    if len(commits) != 1 or config.revision not in (None, *commits):
+    if any(not hasattr(data, "cache_files") for data in splits.values()):
         raise UserError(
-            f"the cache holds data.source={config.source} as of commit {', '.join(sorted(commits)) or 'unknown'}, not "
-            f"{config.revision or 'one for all splits'}; set data.revision to that commit, or fetch without HF_HUB_OFFLINE"
+            f"data.streaming=true reads data.source={entry.source} from the Hub, and HF_HUB_OFFLINE=1 forbids that; "
+            "unset one of them"
+        )
+    commits = {Path(file["filename"]).parent.name for data in splits.values() for file in data.cache_files}
+    if len(commits) != 1 or entry.revision not in (None, *commits):
+        raise UserError(
+            f"the cache holds data.source={entry.source} as of commit {', '.join(sorted(commits)) or 'unknown'}, not "
+            f"{entry.revision or 'one for all splits'}; set data.revision to that commit, or fetch without HF_HUB_OFFLINE"
         )
     return commits.pop()
 
 
-def _load(config: DataConfig, split: str, revision: str | None) -> Any:
+def _load(entry: MixtureEntry, split: str, revision: str | None, streaming: bool) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:
-        return datasets.load_dataset(config.source, config.config_name, split=split, revision=revision)
+        return datasets.load_dataset(
+            entry.source, entry.config_name, split=split, revision=revision, streaming=streaming
+        )
     except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())  # DatasetGenerationError alone says nothing
         raise UserError(
-            f"cannot load data.source={config.source}, split {split}: {reason}; "
+            f"cannot load data.source={entry.source}, split {split}: {reason}; "
             "check name and split, or give a local file of the same schema as data.source"
         ) from None

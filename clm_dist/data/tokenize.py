@@ -1,9 +1,8 @@
-"""Tokenizers: loaded by name or trained on the text, identified by contents, applied to batches of documents."""
+"""Tokenizers: loaded by name or trained on the text, identified by contents."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from clm_dist.config import Config
 from clm_dist.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's own, so that the exported model looks familiar
-DOCUMENTS_PER_BATCH = 1000  # enough to keep the tokenizer's threads busy, small enough to stay out of memory's way
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -27,6 +25,12 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
             f"cannot load a tokenizer from {name}: {' '.join(str(error).split())[:300]}; "
             "give a folder with tokenizer.json or a Hub id as data.tokenizer (HF_TOKEN for a private one)"
         ) from None
+
+
+def load_tokenizer_of(config: Config) -> Any:
+    """The tokenizer that a recipe names: its own, or that of its model."""
+    revision = config.model.revision if config.data.tokenizer is None else None
+    return load_tokenizer(tokenizer_name(config), revision, config.model.trust_remote_code)
 
 
 def tokenizer_name(config: Config) -> str:
@@ -71,24 +75,8 @@ def vocab_size(tokenizer: Any) -> int:
 
 
 def ids_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest unsigned integer that holds every id: 2 bytes a token up to 65,536 entries."""
-    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-
-
-def tokenize(texts: Iterable[str], tokenizer: Any, append_eos: bool) -> Iterator[tuple[int, np.ndarray]]:
-    """Batches of documents as (number of documents, their ids one after another).
-
-    No special tokens but the end-of-text that `append_eos` asks for: a tokenizer's own [CLS] or <s> would stand in
-    the middle of blocks. Fast tokenizers use all cores (their own threads); slow ones work, on one.
-    """
-    if append_eos and tokenizer.eos_token_id is None:
-        raise UserError("data.append_eos=true but the tokenizer has no end-of-text token; set data.append_eos=false")
-    dtype = ids_dtype(vocab_size(tokenizer))
-    documents = iter(texts)
-    while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
-        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        eos = [tokenizer.eos_token_id] if append_eos else []
-        yield len(batch), np.concatenate([np.asarray(ids + eos, dtype=dtype) for ids in encoded])
+    """The smallest unsigned integer that holds every id: 2 bytes a token up to 65,536 entries, 1 up to 256."""
+    return np.min_scalar_type(vocab_size - 1)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -99,6 +87,10 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         if type(error) is not Exception:
             raise
         raise OSError(str(error)) from None
+    path = folder / "tokenizer.json"
+    if path.exists():  # without the indentation, which is more than half of it
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(contents, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 
 def token_ids(tokenizer: Any) -> dict[str, int | None]:

@@ -14,7 +14,7 @@ def model_card(config: Config, figures: dict[str, Any], environment: dict[str, A
     """README.md of an exported folder.
 
     figures: metrics of the evaluation, `step`, `arithmetic`, `parameters`. environment: environment.json.
-    prepared: `tokenizer`, `train` and `eval` counts of the data manifest.
+    prepared: `tokenizer`, `hub_ids`, `train` and `eval` counts of the data manifest.
     """
     loader = jinja2.FileSystemLoader(TEMPLATES)
     templates = jinja2.Environment(
@@ -26,13 +26,20 @@ def model_card(config: Config, figures: dict[str, Any], environment: dict[str, A
         config=config,
         base_model=base if on_hub else None,
         origin=_origin(config),
-        dataset=prepared["hub_id"],
-        source=prepared["hub_id"] or Path(config.data.source).name,
+        datasets=prepared["hub_ids"],
+        source=", ".join(_sources(config, prepared["hub_ids"])),
         tokenizer_name=_public(prepared["tokenizer"]),
         counts=prepared,
         figures=figures,
         environment=environment,
     )
+
+
+def _sources(config: Config, hub_ids: list[str]) -> list[str]:
+    """What the text is called. Paths by their last part only: a card is public."""
+    names = [entry.source for entry in config.data.entries()]
+    every = [one for name in names for one in ([name] if isinstance(name, str) else name)]
+    return [one if one in hub_ids else Path(one).name for one in every]
 
 
 def _public(name: str) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from clm_dist.config import Config
-from clm_dist.data.prepare import open_blocks, open_prepared
+from clm_dist.data.prepared import open_blocks, open_prepared
 from clm_dist.data.tokenize import load_tokenizer, tokenizer_sha256
 from clm_dist.errors import UserError
 from clm_dist.model.build import check_fits, load_configuration, load_model

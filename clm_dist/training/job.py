@@ -7,7 +7,7 @@ from typing import Any
 from clm_dist.config import Config
 from clm_dist.data.blocks import Blocks
 from clm_dist.data.manifest import Manifest
-from clm_dist.data.prepare import open_blocks, open_prepared
+from clm_dist.data.prepared import open_blocks, open_prepared
 from clm_dist.data.tokenize import load_tokenizer, token_ids
 from clm_dist.model.build import check_fits, max_positions, model_configuration
 from clm_dist.model.generate import prompt_ids

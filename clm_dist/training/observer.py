@@ -101,7 +101,7 @@ class Observer:
         }  # fmt: skip
         environment = run_folder.environment(self.accelerator)
         manifest = self.job.manifest
-        prepared = {"tokenizer": manifest.tokenizer, "hub_id": manifest.source_identity.get("id"), **manifest.splits}
+        prepared = {"tokenizer": manifest.tokenizer, "hub_ids": manifest.hub_ids(), **manifest.splits}
         card = model_card(self.config, figures, environment, prepared)
         sampling, positions = self.config.generate, max_positions(self.job.model_configuration)
         if positions is not None and sampling.max_new_tokens >= positions:  # `pipeline` would run past the last

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from clm_dist.config import Config, divisors
+from clm_dist.config import Config
 from clm_dist.data.order import ends_epoch, steps_of_epochs
+from clm_dist.disagreements import divisors
 from clm_dist.errors import ConfigError
 
 

@@ -13,14 +13,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import mutants
 
-import clm_dist.data.prepare as prepare
 from clm_dist.cli import main
+from clm_dist.data import prepared
 
 FOLDER = Path(os.environ["CLM_DIST_RECORD"])
 FOLDER.mkdir(parents=True, exist_ok=True)
 
 
-class RecordedBlocks(prepare.Blocks):
+class RecordedBlocks(prepared.Blocks):
     """Blocks that note what was asked of them."""
 
     def __init__(self, folder):
@@ -32,7 +32,7 @@ class RecordedBlocks(prepare.Blocks):
         return super().__getitem__(indices)
 
 
-prepare.Blocks = RecordedBlocks
+prepared.Blocks = RecordedBlocks
 mutants.apply(os.environ.get("CLM_DIST_MUTANT"))
 code = main(sys.argv[1:])
 sys.stdout.flush()

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import yaml
 from accelerate import Accelerator
-from conftest import ROOT, launch
+from conftest import ROOT, launch, write_blocks
 
-from clm_dist.data.blocks import Blocks, write_blocks
+from clm_dist.data.blocks import Blocks
 from clm_dist.data.tokenize import ids_dtype, load_tokenizer
 from clm_dist.model.build import load_model
 from clm_dist.training.evaluate import evaluate
@@ -43,7 +43,7 @@ def measured(trained, tmp_path_factory):
     assert ids.shape == (len(texts), T - 1) and len(texts) > 100
     first = np.full((len(texts), 1), tokenizer.eos_token_id)
     for name, column in {"after_end_of_text": first, "after_another_token": first + 1}.items():
-        write_blocks(folder / name, [np.hstack([column, ids])], T, ids_dtype(len(tokenizer)), "eval")
+        write_blocks(folder / name, np.hstack([column, ids]).astype(ids_dtype(len(tokenizer))), "eval")
     (folder / "task").mkdir()
     (folder / "task" / "documents.yaml").write_text(yaml.safe_dump(task(folder)))
     # HF_HOME: what `datasets` caches goes away with the folder; `launch` itself sets HF_HUB_OFFLINE

@@ -18,17 +18,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, launch, read_rows, recipe_values, write_documents, write_recipe
+from conftest import ROOT, launch, read_rows, recipe_values, write_blocks, write_documents, write_recipe
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from clm_dist import recipe
-from clm_dist.data.blocks import Blocks, write_blocks
+from clm_dist.data.blocks import Blocks
 from clm_dist.data.manifest import read_manifest
 from clm_dist.data.order import global_batch
-from clm_dist.data.prepare import prepare
 from clm_dist.data.tokenize import load_tokenizer, token_ids
 from clm_dist.model.build import build_model, model_configuration
+from clm_dist.preparation.prepare import prepare
 from clm_dist.training.evaluate import evaluate as exact_evaluation
 
 STEPS, G, T = 50, 12, 16
@@ -158,7 +158,7 @@ def test_evaluation_at_two_processes(folder, ours):
     ours("llama"), ours("gpt2")
     ids = Blocks(folder / "prepared" / "eval")[range(9)]
     ids[8] = random.Random(0).choices(range(257), k=T)  # noise: the ninth block is much harder than the others
-    write_blocks(folder / "nine", [ids], T, ids.dtype, "eval")
+    write_blocks(folder / "nine", ids, "eval")
     peer(1, "evaluate", folder)
     peer(2, "evaluate", folder)
     one, two = (json.loads((folder / f"evaluation-{processes}.json").read_text()) for processes in (1, 2))

@@ -1,0 +1,1 @@
+"""Text to blocks: what `clm-dist prepare` is made of."""

@@ -1,0 +1,100 @@
+"""All that a recipe's sources hold, part by part: what there is to encode, and what has been."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from clm_dist.config import DataConfig
+from clm_dist.data.records import Bad, texts_of
+from clm_dist.data.source import Part, Source
+from clm_dist.errors import UserError
+from clm_dist.preparation.selection import Selection, Stretch
+from clm_dist.preparation.units import UnitFile
+from clm_dist.preparation.work import WorkFolder
+
+
+@dataclass(frozen=True)
+class Place:
+    """A part, and where it belongs."""
+
+    source: int
+    split: str  # as the source calls it
+    column: str
+    part: Part
+
+
+class Corpus:
+    """The sources of a recipe, in order."""
+
+    def __init__(self, config: DataConfig, sources: Sequence[Source]) -> None:
+        self.config = config
+        self.sources = list(sources)
+
+    def places(self) -> list[Place]:
+        """Every part of every split that is used."""
+        splits = [split for split in (self.config.train_split, self.config.eval_split) if split is not None]
+        return [
+            Place(number, split, str(entry.text_column), part)
+            for number, (entry, source) in enumerate(zip(self.config.entries(), self.sources, strict=True))
+            for split in splits
+            for part in source.parts(split)
+        ]
+
+    def texts(self, split: str) -> Iterator[str]:
+        """The documents of a split of all sources, those without text left out; bad records as data.on_error says."""
+        for place in self.places():
+            for chunk in place.part.chunks() if place.split == split else ():
+                for text in texts_of(chunk, place.column, self.config.text_separator):
+                    if isinstance(text, Bad):
+                        if self.config.on_error == "stop":
+                            raise text.error()
+                    elif text and not text.isspace():
+                        yield text
+
+    def sample(self, characters: int) -> list[str]:
+        """The first documents of the text, up to so many characters; bad records are the workers' to tell."""
+        found: list[str] = []
+        for place in self.places():
+            for chunk in place.part.chunks():
+                for text in texts_of(chunk, place.column, self.config.text_separator):
+                    if isinstance(text, str):
+                        found.append(text[:characters])
+                        characters -= len(text)
+                    if characters <= 0:
+                        return found
+        return found
+
+    def stretches(self, work: WorkFolder) -> list[Stretch]:
+        """The units of all sources, in order; all of them must be there."""
+        places, found = self.places(), []
+        for source, split in dict.fromkeys((place.source, place.split) for place in places):
+            units: list[UnitFile] = []
+            for place in places:
+                if (place.source, place.split) == (source, split):
+                    count = work.chunks_of(place.part, place.column, self.config.text_separator) or 0
+                    paths = (work.unit(place.part, place.column, self.config.text_separator, n) for n in range(count))
+                    units += map(UnitFile, paths)
+            found.append(Stretch(source, split, tuple(units)))
+        return found
+
+    def check_text(self, stretches: Sequence[Stretch], selection: Selection) -> None:
+        """UserError where a split has no text at all, or nothing can be held out."""
+        config = self.config
+        documents = dict.fromkeys((stretch.split for stretch in stretches), 0)
+        empty = dict(documents)
+        for stretch in stretches:
+            entry = config.entries()[stretch.source]
+            before = documents[stretch.split]
+            for unit in stretch.units:
+                documents[stretch.split] += len(unit.read("lengths")[0])
+                empty[stretch.split] += unit.notes()[0]
+            if documents[stretch.split] == before:
+                raise UserError(
+                    f"split {stretch.split} of data.source={entry.source} holds no text in column {entry.text_column} "
+                    f"({empty[stretch.split]} empty documents); check data.source, the split and data.text_column"
+                )
+        if config.eval_fraction and not selection.bound:
+            raise UserError(
+                f"data.eval_fraction={config.eval_fraction} holds out none of {documents[config.train_split]} documents "
+                "with one and the same text; give more text, set data.eval_fraction=0 for no evaluation, or name a "
+                "data.eval_split"
+            )

@@ -1,0 +1,196 @@
+"""The folder beside the target that keeps what is done until all is done: units, locks, the result in the making."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from clm_dist.data.source import Part
+from clm_dist.errors import UserError
+
+FEW = 16  # units
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of the chunks a process takes: all, or every `count`-th."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """'2/8' is the third of eight; UserError for anything else."""
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None or not int(match[1]) < int(match[2]):
+            raise UserError(
+                f"--shard {text} names no shard; write INDEX/COUNT with INDEX from 0 to COUNT - 1, e.g. --shard 0/4 "
+                "(in a job array: --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT)"
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    def takes(self, part: int, parts: int, chunk: int) -> bool:
+        """Whether a chunk is this shard's. Whole parts where there are enough, so that each is read by one process."""
+        return (part if parts >= 4 * self.count else part + chunk) % self.count == self.index
+
+    def __str__(self) -> str:
+        return f"shard {self.index} of {self.count}"
+
+
+class WorkFolder:
+    """Unit files under names that say what they were made from, so that only what is missing has to be made."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.folder = target.with_name(f".{target.name}.prepare")
+        self.units = self.folder / "units"
+        self.tokenizer = self.folder / "tokenizer"
+        self.result = self.folder / "result"
+
+    def unit(self, part: Part, column: str, separator: str, number: int) -> Path:
+        """Where the unit of a chunk lies."""
+        return self.units / f"{self._part_id(part, column, separator)}-{number:06d}.npz"
+
+    def chunks_of(self, part: Part, column: str, separator: str) -> int | None:
+        """How many chunks a part has: told by itself, or noted when it was read to its end; else None."""
+        note = self.units / f"{self._part_id(part, column, separator)}.chunks"
+        number = part.num_chunks()
+        return int(note.read_text()) if number is None and note.exists() else number
+
+    def done(self, part: Part, column: str, separator: str) -> set[int]:
+        """The chunks of a part whose units are there."""
+        found = self.units.glob(f"{self._part_id(part, column, separator)}-*.npz")
+        return {int(path.stem.rpartition("-")[2]) for path in found}
+
+    def kept(self) -> str:
+        """What is kept after a failure, for its message."""
+        return f"{self._count()} finished chunks are kept in {self.folder}: the same command goes on from there"
+
+    def note_chunks(self, part: Part, column: str, separator: str, number: int) -> None:
+        """Remembers how many chunks a part turned out to have."""
+        if part.num_chunks() is None:
+            write_text(self.units / f"{self._part_id(part, column, separator)}.chunks", str(number))
+
+    @staticmethod
+    def _part_id(part: Part, column: str, separator: str) -> str:
+        return hashlib.sha256(json.dumps([part.key, column, separator]).encode()).hexdigest()[:24]
+
+    @contextmanager
+    def held(self, shard: Shard) -> Iterator[None]:
+        """Holds the folder for this process: alone for the whole work, or this one shard. UserError where it is taken."""
+        with self._locked("all", shared=shard.count > 1) as self._hold, self._locked(f"{shard.index}-of-{shard.count}"):
+            self.units.mkdir(exist_ok=True)
+            worth_keeping = 1
+            try:
+                yield
+            except UserError:
+                worth_keeping = FEW  # input that has to change: what takes seconds is not worth a folder that stays
+                raise
+            finally:
+                shutil.rmtree(self.result, ignore_errors=True)
+                if self._count() < worth_keeping and self._is_ours():
+                    self.remove()
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Waits until no other process is in the part of the work called `name`."""
+        with self._locked(name, wait=True):
+            yield
+
+    def use(self, key: str) -> None:
+        """Takes over what an earlier prepare with the same settings left, and removes what one with others did.
+
+        UserError where such a one is still at work.
+        """
+        note = self.folder / "key"
+        if note.exists() and note.read_text() != key:
+            if not self._is_ours():
+                raise UserError(self._taken("with other settings"))
+            for folder in (self.units, self.tokenizer):
+                shutil.rmtree(folder, ignore_errors=True)
+            self.units.mkdir()
+        write_text(note, key)
+
+    def _count(self) -> int:
+        return sum(1 for _ in self.units.glob("*.npz"))
+
+    def _is_ours(self) -> bool:
+        """Whether no other process holds a shard."""
+        try:
+            fcntl.flock(self._hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def at_work(self) -> list[str]:
+        """What each process that holds a part of the work says of itself."""
+        found = []
+        for path in sorted(self.folder.glob("lock-*-of-*")):
+            with path.open() as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    found.append(file.read().strip())
+        return found
+
+    def remove(self) -> None:
+        """Removes the folder and all that is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextmanager
+    def _locked(self, name: str, shared: bool = False, wait: bool = False) -> Iterator[TextIO]:
+        """flock: the system lets go of it when the process ends, in whatever way."""
+        mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"lock-{name}"
+            with path.open("a+") as file:
+                try:
+                    fcntl.flock(file, mode)
+                except BlockingIOError:
+                    raise UserError(self._taken()) from None
+                except OSError as error:
+                    if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                        raise
+                    # a file system without locks: two processes may do the same work, and come to the same result
+                if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                    continue  # somebody who was done has just removed the folder
+                if not shared:
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%H:%M:%S')}\n")
+                    file.flush()
+                yield file
+                return
+
+    def _taken(self, how: str = "") -> str:
+        who = "; ".join(self.at_work()) or "another process"
+        return (
+            f"data.prepared_dir={self.target} is being prepared{how and ' ' + how} ({who}); wait for it, or share the work "
+            "among processes: --shard 0/2 in one, --shard 1/2 in another"
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
