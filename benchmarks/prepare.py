@@ -37,6 +37,7 @@ OURS, GUIDE, BARE, LARGE = "clm-dist", "guide", "tokenizers", "clm-dist, large"
 ROWS = {  # title: (figure, format)
     "tokens/s, end to end": ("tokens_per_second", ",.0f"),
     "whole command, s": ("seconds", ".1f"),
+    "whole command, CPU seconds": ("cpu", ".1f"),
     "peak memory (PSS), MB": ("pss", ",.0f"),
     "peak memory (anonymous PSS), MB": ("pss_anon", ",.0f"),
     "peak memory (sum of RSS), MB": ("rss", ",.0f"),
@@ -56,10 +57,9 @@ largest). MB: 10^6 bytes.
 - tokenizers: `encode_batch_fast` of 1,000 documents at a time, {WORKERS} threads, to numpy arrays. Its tokens/s count
   reading and encoding alone, not start-up, imports or loading; it splits, groups and writes nothing. A generous bound.
 - peak memory: the largest sum over all processes of a command, looked at every {SAMPLE_MS} ms in a run of its own, since
-  that slows a command by a fifth. PSS (proportional set size)
-  divides a page by the processes that share it; the sum of RSS counts what workers share with their parent (libraries,
-  memory before a fork, mapped files) once for each. Both hold resident pages of memory-mapped files, which the system
-  can take back; the anonymous part, with a peak of its own, does not.
+  that slows a command by a fifth. PSS (proportional set size) divides a page by the processes that share it; the sum of
+  RSS counts what workers share with their parent (libraries, memory before a fork, mapped files) once for each. Both hold
+  resident pages of memory-mapped files, which the system can take back; the anonymous part has a peak of its own.
 - left in caches: what stands in HF_HOME and TMPDIR after the command, both empty before it.
 - tokens in no block: the ends of the splits for clm-dist, of each batch of `map` for the guide. It was checked that all
   others are in blocks of {BLOCK} that `datasets` reads back.
@@ -133,7 +133,7 @@ def execute(command: list[str], environment: dict[str, str], log: Path, watched:
     Its seconds, or if `watched` the peaks of its memory: looking costs the kernel up to a third of a core, so one run
     cannot tell both.
     """
-    samples = []
+    samples, cpu = [], sum(os.times()[2:4])  # of ended children, all cores
     with log.open("w") as output:
         os.sync()  # nobody pays for another's writes
         settings = {"stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True}
@@ -150,7 +150,9 @@ def execute(command: list[str], environment: dict[str, str], log: Path, watched:
             raise
     if code:
         raise RuntimeError(f"exit code {code}: {' '.join(log.read_text(errors='replace').split())[-300:]}")
-    return {name: max(sample[name] for sample in samples) for name in samples[0]} if watched else {"seconds": seconds}
+    if watched:
+        return {name: max(sample[name] for sample in samples) for name in samples[0]}
+    return {"seconds": seconds, "cpu": sum(os.times()[2:4]) - cpu}
 
 
 @contextmanager
@@ -204,9 +206,8 @@ def run(side: str, copies: int, source: Path, tokenizer: Path, work: Path) -> di
             measured = json.loads(result.read_text())
             figures["tokens_per_second"], counted = tokens / measured["seconds"], measured["tokens"]
         else:
-            ends = 2  # of splits; of `map` the last of each 1,000 documents of each worker and split
-            if side == GUIDE:
-                ends = copies * DOCUMENTS_A_COPY // DOCUMENTS_PER_BATCH + 2 * WORKERS
+            # of splits; of `map` the last of each 1,000 documents of each worker and split
+            ends = copies * DOCUMENTS_A_COPY // DOCUMENTS_PER_BATCH + 2 * WORKERS if side == GUIDE else 2
             figures |= {"bytes_a_token": size(result) / tokens, "cache": size(cache) / 1e6}
             figures["lost"] = lost(result, tokens, ends)
         if side in (OURS, LARGE):

@@ -211,6 +211,11 @@ class TrainConfig(Section):
         "no",
         description="Precision of forward and backward; weights, optimizer and sums stay fp32. fp16 needs a GPU.",
     )
+    isolate_documents: bool = Field(
+        False,
+        description="Attention, positions and loss stop where a document ends within a block; evaluation likewise. Models "
+        "that cannot are refused.",
+    )
     log_every: Count = Field(10, description="Steps between log lines; the only regular synchronisation of training.")
 
     @field_validator("mixed_precision", mode="before")

@@ -5,13 +5,14 @@ import json
 import pickle
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from conftest import ROOT, SAMPLE, read_rows
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from clm_dist.preparation import encode
@@ -19,7 +20,8 @@ from clm_dist.preparation.encode import choose, has_long_run
 from clm_dist.preparation.nasty import nasty_texts
 
 TEXTS = [" ".join(row["answers"]["text"]) for row in read_rows(SAMPLE)]
-LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+LLAMA_3 += r"\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN_2 = LLAMA_3.replace("{1,3}", "")
 FAST = ("gpt2", "llama3", "qwen2")  # for tiktoken
 
@@ -48,11 +50,7 @@ def changed(bpe, change):
 
 def llama_3():
     """As converted from tiktoken: whole pieces are looked up first."""
-
-    def look_up(settings):
-        settings["model"]["ignore_merges"] = True
-
-    return changed(byte_level(LLAMA_3), look_up)
+    return changed(byte_level(LLAMA_3), lambda settings: settings["model"].update(ignore_merges=True))
 
 
 def llama_2():
@@ -83,7 +81,6 @@ def word_piece():
 def characters():
     tokenizer = Tokenizer(models.WordLevel(unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
     tokenizer.train_from_iterator(TEXTS, trainers.WordLevelTrainer(vocab_size=200, special_tokens=["?"]))
     return tokenizer
 
@@ -144,9 +141,8 @@ def test_the_ids_of_the_tokenizer(built, name):
     assert choice.name == FAMILIES[name][1], choice.reason
     assert choice.reason.startswith(choice.name)
     nasty = nasty_texts(tokenizer.get_added_vocab())
-    assert_same(tokenizer, encoder, nasty)
-    assert_same(tokenizer, encoder, nasty[::-7])  # other batches, other neighbours
-    assert_same(tokenizer, encoder, TEXTS)
+    for texts in (nasty, nasty[::-7], TEXTS):  # [::-7]: other neighbours in a batch
+        assert_same(tokenizer, encoder, texts)
     assert encoder.encode(TEXTS)[0].dtype == (np.uint16 if choice.dtype.itemsize == 2 else np.uint8)
     ids, lengths = encoder.encode([])
     assert (ids.shape, lengths.shape, ids.dtype) == ((0,), (0,), choice.dtype)
@@ -197,8 +193,20 @@ def test_special_tokens_that_are_split_like_text():
         tokenizer_object=byte_level(), eos_token="<|endoftext|>", split_special_tokens=True
     )
     choice = choose(tokenizer, TEXTS)
-    assert len(tokenizer("<|endoftext|>")["input_ids"]) > 1
+    assert choice.name == "tiktoken" and len(tokenizer("<|endoftext|>")["input_ids"]) > 1
     assert_same(tokenizer, pickle.loads(pickle.dumps(choice)).build(), ["a<|endoftext|>b", "<|endoftext|>"])
+
+
+def test_a_tokenizer_that_does_not_take_every_character():
+    """Without an unknown token; the user's text may well have none of those."""
+    words = Tokenizer(models.WordLevel({"one": 0, "two": 1}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = wrapped(words)
+    choice = choose(tokenizer, ["one two", "two"])
+    assert choice.reason == "tokenizers, because its model is WordLevel, not BPE"
+    assert_same(tokenizer, choice.build(), ["one two", "two"])
+    with pytest.raises(Exception, match="WordLevel error"):
+        choice.build().encode(["three"])
 
 
 def test_truncation_and_padding_of_the_file_are_not_used():
@@ -230,18 +238,13 @@ def test_failures_of_tiktoken_are_for_tokenizers(built, monkeypatch):
     tokenizer, choice, _ = built("gpt2")
     monkeypatch.setattr(encode, "LONG_RUN", 10**9)
     encoder = choice.build()
-    giving_up = " " * 1_000_000 + "x"
+    texts = ["before", " " * 1_000_000 + "x", "after"]
     with pytest.raises(ValueError, match="Max stack size"):
-        encoder.raw([giving_up])
-    assert_same(tokenizer, encoder, ["before", giving_up, "after"])
+        encoder.raw(texts)
+    assert_same(tokenizer, encoder, texts)
 
-    class PanicException(BaseException):  # as pyo3 calls it
-        pass
-
-    def panic(*_, **__):
-        raise PanicException("the stack")
-
-    monkeypatch.setattr(encoder._encoding, "encode_to_numpy", panic)
+    panic = type("PanicException", (BaseException,), {})("as of pyo3")
+    monkeypatch.setattr(encoder._encoding, "encode_to_numpy", Mock(side_effect=panic))
     assert_same(tokenizer, encoder, ["text"])
 
 
@@ -255,11 +258,8 @@ def test_text_that_tiktoken_loses_is_noticed(built):
 
 
 def test_long_runs():
-    run = 10_000
-    assert not has_long_run("a" * run + " " + "b" * run)
-    assert has_long_run("x " + "a" * (run + 1))
-    assert has_long_run("x" + " \n" * (run // 2 + 2) + "y")
-    assert not has_long_run("a " * 50_000)
+    assert not has_long_run("a" * 10_000 + " " + "b" * 10_000) and not has_long_run("a " * 50_000)
+    assert has_long_run("x " + "a" * 10_001) and has_long_run("x" + " \n" * 5_002 + "y")
 
 
 def test_a_worker_starts_without_torch_and_transformers(built, tmp_path):
@@ -278,11 +278,8 @@ def test_a_worker_starts_without_torch_and_transformers(built, tmp_path):
 
 def test_nasty_texts_stay_nasty_and_few():
     texts = nasty_texts(["<added>"])
-    assert texts == nasty_texts(["<added>"]) and texts != nasty_texts()
-    assert sum(map(len, texts)) < 200_000
-    everything = "".join(texts)
-    everything.encode()  # no surrogates
-    assert set(map(chr, range(256))) | {"\U0010ffff", "\ufdd0", "\u212a", "\u1100"} <= set(everything)
+    assert texts == nasty_texts(["<added>"]) and texts != nasty_texts() and sum(map(len, texts)) < 200_000
+    assert set(map(chr, range(256))) | {"\U0010ffff", "\ufdd0", "\u212a", "\u1100"} <= set("".join(texts))
     assert "" in texts and "<added>" in texts and " " * 600 in texts
 
 

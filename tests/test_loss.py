@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from clm_dist.model.loss import next_token_nll, targets_per_block
+from clm_dist.model.loss import next_token_nll
 
 
 def test_by_hand():
@@ -45,5 +45,11 @@ def test_it_is_what_gpt2_itself_computes():
     assert next_token_nll(output.logits, ids).mean().item() == pytest.approx(output.loss.item(), rel=1e-6)
 
 
-def test_targets():
-    assert targets_per_block(128) == 127
+def test_what_is_not_scored_is_zero_and_has_no_gradient():
+    torch.manual_seed(0)
+    logits, ids = torch.randn(2, 5, 11, requires_grad=True), torch.randint(0, 11, (2, 5))
+    scored = torch.tensor([[True, False, True, True], [False, True, True, False]])
+    nll = next_token_nll(logits, ids, scored)
+    assert torch.equal(nll, next_token_nll(logits, ids) * scored)
+    nll.sum().backward()
+    assert (logits.grad[:, :-1].abs().sum(-1) > 0).tolist() == scored.tolist()

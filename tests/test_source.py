@@ -160,7 +160,12 @@ def test_identity_is_of_contents_not_of_names(tmp_path):
         ("a.csv", b"text\na\nb\xff\nc\n", r"a.csv, line 3, byte 8: byte 0xff is not UTF-8", "ac"),
         ("a.jsonl", b'{"texts": "a", "title": "b"}', r"no column text; did you mean texts\?.*are: texts, title", ""),
         ("a.jsonl", b'{"text": 3}', r"a.jsonl, line 1, byte 0: column text holds int, not text", ""),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}', r"line 2, byte 14: column text holds half of a surrogate", "a"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "\\ud800"}',
+            r"line 2, byte 14: column text holds half of a surrogate",
+            "a",
+        ),
         ("a.jsonl", b"3", r"a.jsonl, line 1, byte 0: no column text", ""),
         ("a.jsonl.gz", b"not gzip", r"not a whole gzip file", ""),
         ("a.json.gz", b"not gzip", r"not a whole gzip file", ""),

@@ -14,6 +14,10 @@ from clm_dist.errors import UserError
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's own, so that the exported model looks familiar
 
 
+# what transformers writes into a tokenizer's configuration of how it was loaded, not of what it is
+HOW_LOADED = ("is_local", "local_files_only", "name_or_path")
+
+
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or Hub id."""
     from transformers import AutoTokenizer
@@ -80,17 +84,23 @@ def ids_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Writes the tokenizer beside the blocks, so that training and export need nothing from elsewhere."""
+    """Writes the tokenizer beside the blocks, so that training and export need nothing from elsewhere.
+
+    The same files for the same tokenizer, wherever it came from, and small: indentation is more than half of them.
+    """
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # `tokenizers` raises a bare Exception with the system's message, e.g. on a full disk
         if type(error) is not Exception:
             raise
         raise OSError(str(error)) from None
-    path = folder / "tokenizer.json"
-    if path.exists():  # without the indentation, which is more than half of it
-        contents = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps(contents, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = folder / name
+        if path.exists():
+            contents = json.loads(path.read_text(encoding="utf-8"))
+            for key in HOW_LOADED:
+                contents.pop(key, None)
+            path.write_text(json.dumps(contents, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def token_ids(tokenizer: Any) -> dict[str, int | None]:

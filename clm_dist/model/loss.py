@@ -13,18 +13,15 @@ import torch.nn.functional as F
 IGNORED = -100  # cross_entropy's own default for a target that does not count
 
 
-def next_token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+def next_token_nll(logits: torch.Tensor, input_ids: torch.Tensor, scored: torch.Tensor | None = None) -> torch.Tensor:
     """Negative log-likelihood in nats of each token given those before it.
 
-    logits: (B, T, V), any floating type; computed in fp32. input_ids: (B, T). Returns (B, T - 1): the first token of a
-    block has nothing before it and is not scored.
+    logits: (B, T, V), any floating type; computed in fp32. input_ids: (B, T). scored: (B, T - 1) bool, the tokens that
+    count (None: all); others are 0 and have no gradient. Returns (B, T - 1): the first token of a block has nothing
+    before it and is not scored.
     """
+    targets = input_ids[:, 1:] if scored is None else input_ids[:, 1:].masked_fill(~scored, IGNORED)
     # the last position gets a target that is ignored: cutting it off the logits would copy the largest tensor there is
-    targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORED)  # (B, T)
+    targets = F.pad(targets, (0, 1), value=IGNORED)  # (B, T)
     nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
     return nll.view_as(targets)[:, :-1]
-
-
-def targets_per_block(block_size: int) -> int:
-    """How many tokens of a block are scored."""
-    return block_size - 1

@@ -241,7 +241,10 @@ def _in_order_of_ranks(settings: dict[str, Any], added: list[str]) -> list[str]:
                 raise RefusedError(f"merges that make {token!r} stand apart from one another")
             made[token] = None
             latest = token
-    looked_up = [token for token in tokens if parts[token] > 1 and token not in added] if model["ignore_merges"] else []
+    unseen = set(filter(str.isascii, added))  # texts with these are not for tiktoken
+    looked_up = (
+        [token for token in tokens if parts[token] > 1 and token not in unseen] if model["ignore_merges"] else []
+    )
     for token in looked_up:
         if parts[token] == 2:
             raise RefusedError(f"tiktoken would merge two tokens to {token!r}, which no merge of the tokenizer makes")

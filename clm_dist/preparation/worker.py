@@ -107,4 +107,3 @@ def main() -> None:
                 connection.send(traceback.format_exc())
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)
-

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from clm_dist.data.blocks import Blocks
 from clm_dist.model.loss import next_token_nll
 from clm_dist.progress import progress
+from clm_dist.training.batches import Batch, Batches
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Evaluation:
     """What was measured on a split. Each token counts once and alike."""
 
     nll: float  # summed nats
-    tokens: int  # scored tokens: T - 1 of every block
+    tokens: int  # scored tokens: T - 1 of every block (without padding; documents' first tokens too where they are isolated)
     correct: int  # tokens that were the likeliest by the model
     tokens_per_byte: float  # of the whole split
 
@@ -57,17 +57,18 @@ class Evaluation:
 def evaluate(
     accelerator: Accelerator,
     model: torch.nn.Module,
-    blocks: Blocks,
+    batches: Batches,
     micro_batch_size: int,
     tokens_per_byte: float,
 ) -> Evaluation:
-    """Evaluates `model` on all `blocks`. Every rank must call this; a rank may have nothing to do.
+    """Evaluates `model` on all blocks of `batches`. Every rank must call this; a rank may have nothing to do.
 
     The batches are the same at every world size; batch j is computed by rank j % world_size and its sums (fp64) are put
     into row j of a table. Adding the tables of all ranks adds zeros only, and fsum rounds once: the result does not
     depend on how many processes there were, to the last bit where a forward pass does not.
     """
-    starts = range(0, len(blocks), micro_batch_size)
+    blocks = len(batches.blocks)
+    starts = range(0, blocks, micro_batch_size)
     table = torch.zeros(len(starts), 3, dtype=torch.float64, device=accelerator.device)
     # past the DDP wrapper: ranks may run different numbers of forward passes
     plain = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
@@ -76,17 +77,18 @@ def evaluate(
     with torch.inference_mode():
         mine = range(accelerator.process_index, len(starts), accelerator.num_processes)
         for j in progress(mine, "evaluating", "batches", visible=accelerator.is_main_process):
-            indices = list(range(starts[j], min(starts[j] + micro_batch_size, len(blocks))))
-            input_ids = torch.from_numpy(blocks[indices].astype("int64")).to(accelerator.device)  # (B, T)
-            table[j] = _sums(plain(input_ids=input_ids).logits, input_ids)
+            batch = batches.batch(range(starts[j], min(starts[j] + micro_batch_size, blocks)))
+            table[j] = _sums(plain(**batch.inputs()).logits, batch)
     plain.train(was_training)
     rows = accelerator.reduce(table, reduction="sum").tolist()  # sync
     nll, tokens, correct = (math.fsum(column) for column in zip(*rows, strict=True))
     return Evaluation(nll=nll, tokens=int(tokens), correct=int(correct), tokens_per_byte=tokens_per_byte)
 
 
-def _sums(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """nll, scored tokens and correct tokens of a batch: (3,) fp64. logits: (B, T, V), input_ids: (B, T)."""
-    nll = next_token_nll(logits, input_ids)
-    correct = logits[:, :-1].argmax(-1) == input_ids[:, 1:]
-    return torch.stack([nll.double().sum(), nll.new_tensor(nll.numel()).double(), correct.sum().double()])
+def _sums(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """nll, scored tokens and correct tokens of a batch: (3,) fp64. logits: (B, T, V)."""
+    nll = next_token_nll(logits, batch.input_ids, batch.scored)
+    correct = logits[:, :-1].argmax(-1) == batch.input_ids[:, 1:]
+    if batch.scored is None:
+        return torch.stack([nll.double().sum(), nll.new_tensor(nll.numel()).double(), correct.sum().double()])
+    return torch.stack([nll.double().sum(), batch.scored.sum().double(), (correct & batch.scored).sum().double()])

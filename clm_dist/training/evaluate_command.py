@@ -7,7 +7,9 @@ from clm_dist.data.prepared import open_blocks, open_prepared
 from clm_dist.data.tokenize import load_tokenizer, tokenizer_sha256
 from clm_dist.errors import UserError
 from clm_dist.model.build import check_fits, load_configuration, load_model
+from clm_dist.model.isolation import check_isolation
 from clm_dist.training import run_folder
+from clm_dist.training.batches import Batches
 from clm_dist.training.evaluate import Evaluation, evaluate
 from clm_dist.training.meter import figures
 from clm_dist.training.runtime import check_launch, finish, start
@@ -36,9 +38,13 @@ def evaluate_model(config: Config, name: str, revision: str | None, output: str 
         )
     accelerator = start(config.train.mixed_precision)
     model = load_model(name, built, revision, trust)
+    isolate = config.train.isolate_documents
     model.config.use_cache = False  # type: ignore[union-attr]  # a cache of keys and values serves generation only
+    if isolate:
+        check_isolation(model, config.data.block_size, name)
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    result = evaluate(accelerator, model, blocks, config.evaluate.micro_batch_size, manifest.tokens_per_byte("eval"))
+    batches = Batches(blocks, isolate, accelerator.device)
+    result = evaluate(accelerator, model, batches, config.evaluate.micro_batch_size, manifest.tokens_per_byte("eval"))
     if accelerator.is_main_process:
         print(f"{name}: {figures(result.metrics())}", flush=True)
         if output is not None:

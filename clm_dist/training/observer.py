@@ -15,6 +15,7 @@ from clm_dist.publish.card import model_card
 from clm_dist.publish.export import export
 from clm_dist.publish.trackers import Tracker, open_trackers
 from clm_dist.training import run_folder
+from clm_dist.training.batches import Batches
 from clm_dist.training.evaluate import evaluate
 from clm_dist.training.job import Job
 from clm_dist.training.meter import Meter, evaluation_line, train_line
@@ -80,7 +81,7 @@ class Observer:
             result = evaluate(
                 self.accelerator,
                 self.model,
-                self.job.eval_blocks,
+                Batches(self.job.eval_blocks, self.config.train.isolate_documents, self.accelerator.device),
                 self.config.evaluate.micro_batch_size,
                 self.job.manifest.tokens_per_byte("eval"),
             )

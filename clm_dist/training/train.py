@@ -12,10 +12,11 @@ import torch
 from accelerate import Accelerator
 
 from clm_dist.config import Config
-from clm_dist.data.blocks import Blocks
 from clm_dist.data.order import global_batch, micro_batches, step_seed
 from clm_dist.model.build import build_model
-from clm_dist.model.loss import next_token_nll, targets_per_block
+from clm_dist.model.isolation import check_isolation
+from clm_dist.model.loss import next_token_nll
+from clm_dist.training.batches import Batch, Batches
 from clm_dist.training.job import open_job
 from clm_dist.training.meter import Meter
 from clm_dist.training.observer import Observer
@@ -32,21 +33,24 @@ def train(config: Config, overwrite: bool = False) -> None:
     accelerator = start(config.train.mixed_precision)
     model = build_model(config.model, job.model_configuration, config.seed)
     model.config.use_cache = False  # type: ignore[union-attr]  # a cache of keys and values serves generation only
+    if config.train.isolate_documents:
+        check_isolation(model, plan.block_size, str(config.model.name or config.model.type))
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config.optim))
     meter = Meter(accelerator, plan)
     observer = Observer(accelerator, config, job, model, meter)
     observer.begin()
-    scored_tokens = plan.global_batch_size * targets_per_block(plan.block_size)  # of the whole step, over all ranks
+    batches = Batches(job.train_blocks, config.train.isolate_documents, accelerator.device)
 
     for step in range(plan.max_steps):  # one turn = one optimizer update
         model.train()
         lr = lr_at(step, plan.max_steps, config.optim)
         set_lr(optimizer, lr)
-        batches = window(job.train_blocks, plan, step, config.seed, accelerator)
-        for micro_step, input_ids in enumerate(batches):  # (B, T)
+        blocks = global_batch(step, plan.global_batch_size, plan.num_blocks, config.seed)  # of all ranks
+        scored_tokens = max(1, batches.count(blocks))
+        for micro_step, batch in enumerate(window(batches, blocks, plan, accelerator)):
             with gradients_of(micro_step, accelerator, model, plan):
                 torch.manual_seed(dropout_seed(config.seed, step, micro_step, accelerator))
-                nll = next_token_nll(model(input_ids=input_ids).logits, input_ids).sum()
+                nll = next_token_nll(model(**batch.inputs()).logits, batch.input_ids, batch.scored).sum()
                 # DDP averages over ranks; we want the sum over the tokens of all of them
                 accelerator.backward(nll * (plan.world_size / scored_tokens))
             meter.add(nll)
@@ -60,11 +64,10 @@ def train(config: Config, overwrite: bool = False) -> None:
     finish(accelerator)
 
 
-def window(blocks: Blocks, plan: Plan, step: int, seed: int, accelerator: Accelerator) -> Iterator[torch.Tensor]:
-    """This rank's micro-batches of a step, on the device: each (B, T) int64."""
-    batch = global_batch(step, plan.global_batch_size, plan.num_blocks, seed)
-    for indices in micro_batches(batch, accelerator.process_index, plan.world_size, plan.micro_batch_size):
-        yield torch.from_numpy(blocks[indices].astype(np.int64)).to(accelerator.device, non_blocking=True)
+def window(batches: Batches, blocks: np.ndarray, plan: Plan, accelerator: Accelerator) -> Iterator[Batch]:
+    """This rank's micro-batches of a step, on the device: each of B blocks."""
+    for indices in micro_batches(blocks, accelerator.process_index, plan.world_size, plan.micro_batch_size):
+        yield batches.batch(indices)
 
 
 def gradients_of(micro_step: int, accelerator: Accelerator, model: torch.nn.Module, plan: Plan) -> Any:

@@ -48,7 +48,8 @@ def prepared_scheduler() -> None:
 def repeat_evaluation() -> None:
     """`gather_for_metrics(loss.repeat(batch_size))` and a mean over what came: the no-trainer examples' evaluation."""
 
-    def evaluate(accelerator, model, blocks, micro_batch_size, tokens_per_byte):
+    def evaluate(accelerator, model, batches, micro_batch_size, tokens_per_byte):
+        blocks = batches.blocks
         rows = torch.from_numpy(blocks[list(range(len(blocks)))].astype("int64"))
         loader = accelerator.prepare(torch.utils.data.DataLoader(rows, batch_size=micro_batch_size))
         model.eval()
@@ -69,7 +70,12 @@ def window_count() -> None:
     """Accelerate's documented accumulation over a prepared loader: each micro-batch's mean divided by the number of
     accumulation steps, and an update at the end of the epoch whether the window is full or not."""
 
-    def window(blocks, plan, step, seed, accelerator):
+    def noted(step, global_batch_size, num_blocks, seed):
+        now[:] = step, seed
+        return order_of(step, global_batch_size, num_blocks, seed)
+
+    def window(batches, _, plan, accelerator):
+        step, seed = now
         updates = -(-plan.num_blocks // plan.global_batch_size)
         epoch, within = divmod(step, updates)
         order = torch.randperm(plan.num_blocks, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
@@ -77,14 +83,14 @@ def window_count() -> None:
         micro = [rows[i : i + plan.micro_batch_size] for i in range(0, len(rows), plan.micro_batch_size)]
         micro = micro[accelerator.process_index :: plan.world_size] or [rows[:1]]
         for indices in micro:
-            ids = torch.from_numpy(blocks[indices].astype("int64"))
             # `scored_tokens` below is that of a full step: turn the sum into mean / accumulation steps
             scale[0] = plan.micro_batch_size / len(indices)
-            yield ids
+            yield batches.batch(indices)
 
-    scale = [1.0]
-    original = training.next_token_nll
-    training.next_token_nll = lambda logits, ids: original(logits, ids) * scale[0]
+    scale, now = [1.0], [0, 0]
+    original, order_of = training.next_token_nll, training.global_batch
+    training.next_token_nll = lambda logits, ids, scored: original(logits, ids, scored) * scale[0]
+    training.global_batch = noted
     training.window = window
 
 

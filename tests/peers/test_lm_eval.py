@@ -23,6 +23,7 @@ from conftest import ROOT, launch, write_blocks
 from clm_dist.data.blocks import Blocks
 from clm_dist.data.tokenize import ids_dtype, load_tokenizer
 from clm_dist.model.build import load_model
+from clm_dist.training.batches import Batches
 from clm_dist.training.evaluate import evaluate
 
 pytest.importorskip("lm_eval")
@@ -130,10 +131,12 @@ def score(model_folder, folder):
     }
     accelerator, model = Accelerator(cpu=True), load_model(model_folder)
     for name in ("after_end_of_text", "after_another_token"):
-        result = evaluate(accelerator, model, Blocks(folder / name), 4, tokens_per_byte=1.0)
+        batches = Batches(Blocks(folder / name), False, accelerator.device)
+        result = evaluate(accelerator, model, batches, 4, tokens_per_byte=1.0)
         figures[name] = {"nll": result.nll, "tokens": result.tokens}
     blocks = Blocks(folder / "after_end_of_text")
-    each = [evaluate(accelerator, model, One(blocks, i), 1, tokens_per_byte=1.0) for i in range(len(blocks))]
+    ones = [Batches(One(blocks, i), False, accelerator.device) for i in range(len(blocks))]
+    each = [evaluate(accelerator, model, one, 1, tokens_per_byte=1.0) for one in ones]
     figures["each_of_ours"] = [result.nll for result in each]
     (folder / "figures.json").write_text(json.dumps(figures))
 
@@ -143,6 +146,7 @@ class One:
 
     def __init__(self, blocks, number):
         self.blocks, self.number = blocks, number
+        self.block_size, self.num_padding = blocks.block_size, 0
 
     def __len__(self):
         return 1

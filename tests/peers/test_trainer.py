@@ -29,6 +29,7 @@ from clm_dist.data.order import global_batch
 from clm_dist.data.tokenize import load_tokenizer, token_ids
 from clm_dist.model.build import build_model, model_configuration
 from clm_dist.preparation.prepare import prepare
+from clm_dist.training.batches import Batches
 from clm_dist.training.evaluate import evaluate as exact_evaluation
 
 STEPS, G, T = 50, 12, 16
@@ -281,7 +282,8 @@ def evaluate(folder):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder / f"ours-{name}" / "model")
         trainer = transformers.Trainer(model, arguments, eval_dataset=rows)
         loss = trainer.evaluate()["eval_loss"]
-        ours = exact_evaluation(trainer.accelerator, model, blocks, 4, 1.0).loss
+        batches = Batches(blocks, False, trainer.accelerator.device)
+        ours = exact_evaluation(trainer.accelerator, model, batches, 4, 1.0).loss
         with torch.no_grad():
             log_likelihoods = model.double()(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])
         found[name] = {"trainer": loss, "ours": ours, "blocks": (-log_likelihoods.mean((1, 2))).tolist()}

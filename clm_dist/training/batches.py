@@ -1,0 +1,61 @@
+"""What the model is given of blocks, and which of their tokens count.
+
+Legend: B sequences, T = block_size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from clm_dist.data.blocks import Blocks
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some blocks on the device."""
+
+    input_ids: torch.Tensor  # (B, T) int64
+    position_ids: torch.Tensor | None  # (B, T) int64, restarting with each document; None: the model's own
+    scored: torch.Tensor | None  # (B, T - 1) bool, whether the token at t + 1 counts; None: all do
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Arguments of the model.
+
+        Restarting positions, no mask and no cache (`config.use_cache=False`) make transformers keep attention within each
+        document (its `find_packed_sequence_indices`), however attention is computed; `check_isolation` proves it.
+        """
+        return {
+            "input_ids": self.input_ids,
+            **({} if self.position_ids is None else {"position_ids": self.position_ids}),
+        }
+
+
+class Batches:
+    """Makes batches of blocks. isolate: documents do not see each other, nor is a document's first token predicted."""
+
+    def __init__(self, blocks: Blocks, isolate: bool, device: torch.device) -> None:
+        self.blocks, self.isolate, self.device = blocks, isolate, device
+        self._all_count = not isolate and not blocks.num_padding
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """The blocks of these numbers."""
+        positions = self.blocks.position_ids(indices) if self.isolate else None
+        scored = None if self._all_count else self._scored(indices)
+        return Batch(self._moved(self.blocks[indices].astype(np.int64)), self._moved(positions), self._moved(scored))
+
+    def count(self, indices: Sequence[int] | np.ndarray) -> int:
+        """How many tokens of these blocks are scored: known without reading their ids, and so by every rank of all."""
+        if self._all_count:
+            return len(indices) * (self.blocks.block_size - 1)
+        return int(self._scored(indices).sum())
+
+    def _scored(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        targets = np.arange(1, self.blocks.block_size)
+        scored = targets < self.blocks.used(indices)[:, None]
+        return scored & ~self.blocks.document_starts(indices)[:, 1:] if self.isolate else scored
+
+    def _moved(self, array: np.ndarray | None) -> Any:
+        return None if array is None else torch.from_numpy(array).to(self.device, non_blocking=True)
