@@ -32,6 +32,10 @@ COMMANDS: dict[str, tuple[str, str, str, dict[str, dict[str, Any]]]] = {
         *("text to blocks of token ids on disk", "RECIPE", "YAML recipe"),
         {
             "--workers": {"type": int, "metavar": "N", "help": "processes that tokenise (default: one a core)"},
+            "--encoder": {
+                "choices": ("fastokens", "tiktoken", "tokenizers", "transformers"),
+                "help": "what tokenises (default: the fastest that gives the tokenizer's own ids; they are the same)",
+            },
             "--shard": {
                 "metavar": "I/N",
                 "help": "do only part I (from 0) of N, as a job array does; who comes last puts all parts together",

@@ -29,7 +29,7 @@ def prepare(args: argparse.Namespace) -> None:
     if args.status:
         print(status(config))
     else:
-        prepare_data(config, shard, args.workers)
+        prepare_data(config, shard, args.workers, args.encoder)
 
 
 def data_inspect(args: argparse.Namespace) -> None:

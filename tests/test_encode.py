@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from clm_dist.preparation import encode
-from clm_dist.preparation.encode import choose, has_long_run
+from clm_dist.errors import UserError
+from clm_dist.preparation import encode, encoders
+from clm_dist.preparation.encode import choose
+from clm_dist.preparation.encoders import DifferentIdsError, TokenizersEncoder, has_long_run
 from clm_dist.preparation.nasty import nasty_texts
 
 TEXTS = [" ".join(row["answers"]["text"]) for row in read_rows(SAMPLE)]
@@ -121,7 +123,7 @@ def built():
     def get(name):
         if name not in made:
             tokenizer = wrapped(FAMILIES[name][0]())
-            choice = choose(tokenizer, TEXTS)
+            choice = choose(tokenizer, TEXTS, "tiktoken" if FAMILIES[name][1] == "tiktoken" else None)
             made[name] = tokenizer, choice, pickle.loads(pickle.dumps(choice)).build()
         return made[name]
 
@@ -182,7 +184,7 @@ def test_added_tokens_that_a_normalizer_makes():
     """U+212A is K after NFC: the added token is in the normalized text alone."""
     tokenizer = wrapped(byte_level(QWEN_2, normalizers.NFC()))
     tokenizer.add_tokens(["<K>", "\u00e9\u00e9"])
-    choice = choose(tokenizer, TEXTS)
+    choice = choose(tokenizer, TEXTS, "tiktoken")
     assert choice.name == "tiktoken", choice.reason
     assert_same(tokenizer, choice.build(), ["<\u212a>", "<K>", "e\u0301e\u0301", "\u00e9\u00e9", "plain"])
     assert tokenizer("<\u212a>")["input_ids"] == [tokenizer.convert_tokens_to_ids("<K>")]  # so it is a trap
@@ -192,7 +194,7 @@ def test_special_tokens_that_are_split_like_text():
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=byte_level(), eos_token="<|endoftext|>", split_special_tokens=True
     )
-    choice = choose(tokenizer, TEXTS)
+    choice = choose(tokenizer, TEXTS, "tiktoken")
     assert choice.name == "tiktoken" and len(tokenizer("<|endoftext|>")["input_ids"]) > 1
     assert_same(tokenizer, pickle.loads(pickle.dumps(choice)).build(), ["a<|endoftext|>b", "<|endoftext|>"])
 
@@ -213,11 +215,8 @@ def test_truncation_and_padding_of_the_file_are_not_used():
     bpe = byte_level()
     bpe.enable_truncation(3)
     bpe.enable_padding(length=100)
-    tokenizer = wrapped(bpe)
-    encoder = choose(tokenizer, TEXTS).build()
-    assert_same(
-        tokenizer, encoder, ["one two three four five six seven <|endoftext|>", "one two three four five six seven"]
-    )
+    encoder = TokenizersEncoder(bpe.to_str(), False, np.dtype(np.uint16))
+    assert_same(wrapped(bpe), encoder, ["one two three four five six seven <|endoftext|>", "one"])
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -236,7 +235,7 @@ def test_characters_on_which_the_engines_differ_are_for_tokenizers(built, name, 
 
 def test_failures_of_tiktoken_are_for_tokenizers(built, monkeypatch):
     tokenizer, choice, _ = built("gpt2")
-    monkeypatch.setattr(encode, "LONG_RUN", 10**9)
+    monkeypatch.setattr(encoders, "LONG_RUN", 10**9)
     encoder = choice.build()
     texts = ["before", " " * 1_000_000 + "x", "after"]
     with pytest.raises(ValueError, match="Max stack size"):
@@ -246,6 +245,49 @@ def test_failures_of_tiktoken_are_for_tokenizers(built, monkeypatch):
     panic = type("PanicException", (BaseException,), {})("as of pyo3")
     monkeypatch.setattr(encoder._encoding, "encode_to_numpy", Mock(side_effect=panic))
     assert_same(tokenizer, encoder, ["text"])
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_fastokens_gives_the_same(built, name):
+    """The fastest, where it is installed; compared with tiktoken on the way."""
+    tokenizer, _, _ = built(name)
+    choice = choose(tokenizer, TEXTS)
+    assert choice.name == "fastokens", choice.reason
+    encoder = pickle.loads(pickle.dumps(choice)).build()
+    nasty = nasty_texts(tokenizer.get_added_vocab())
+    for texts in (nasty, nasty[::-7], TEXTS):
+        assert_same(tokenizer, encoder, texts)
+
+
+def test_a_fastokens_that_errs_is_stopped(built, monkeypatch):
+    """Mutant: one id in a checked text is another one, or one too many; and where it is not installed tiktoken does."""
+    tokenizer, _, _ = built("gpt2")
+    encoder = choose(tokenizer, TEXTS).build()
+    right = encoder._unchecked
+    for wrong in (
+        lambda ids, lengths: (ids ^ (np.arange(len(ids)) == 0), lengths),
+        lambda ids, lengths: (ids, lengths + 1),
+    ):
+        monkeypatch.setattr(encoder, "_unchecked", lambda texts, wrong=wrong: wrong(*right(texts)))
+        with pytest.raises(DifferentIdsError, match="for one of 1 texts, the first of which begins 'some text'"):
+            encoder.encode(["some text", "more"])
+    monkeypatch.setattr(encode.importlib.util, "find_spec", lambda name: None)
+    assert choose(tokenizer, TEXTS).name == "tiktoken"
+    with pytest.raises(UserError, match=r"--encoder fastokens cannot be used, because it is not installed"):
+        choose(tokenizer, TEXTS, "fastokens")
+
+
+def test_what_cannot_be_had_is_refused_by_name(built):
+    for name, wanted, why in (
+        ("wordpiece", "tiktoken", "its model is not BPE|WordPiece"),
+        ("byt5", "tokenizers", "ByT5Tokenizer is written in Python"),
+    ):
+        with pytest.raises(UserError, match=rf"--encoder {wanted} cannot be used, because .*({why})"):
+            choose(built(name)[0], TEXTS, wanted)
+    for wanted in ("tokenizers", "transformers"):  # slower than need be, when that is asked for
+        choice = choose(built("gpt2")[0], TEXTS, wanted)
+        assert choice.name == wanted and "--encoder says so" in choice.reason
+        assert_same(built("gpt2")[0], choice.build(), TEXTS)
 
 
 def test_text_that_tiktoken_loses_is_noticed(built):
@@ -284,12 +326,13 @@ def test_nasty_texts_stay_nasty_and_few():
 
 
 @pytest.mark.real_data
-def test_real_answers_with_the_real_tokenizer(real_data):
+@pytest.mark.parametrize("wanted", ["fastokens", "tiktoken"])
+def test_real_answers_with_the_real_tokenizer(real_data, wanted):
     with gzip.open(real_data / "eli5_category" / "eli5-category-test.json.gz", "rt") as file:
         texts = [" ".join(row["answers"]["text"]) for row in json.load(file)]
     tokenizer = AutoTokenizer.from_pretrained(real_data / "distilgpt2")
-    choice = choose(tokenizer, texts[:100])
-    assert choice.name == "tiktoken", choice.reason
+    choice = choose(tokenizer, texts[:100], wanted)
+    assert choice.name == wanted, choice.reason
     encoder = choice.build()
     expected = tokenizer(texts, add_special_tokens=False)["input_ids"]
     ids, lengths = encoder.encode(texts)

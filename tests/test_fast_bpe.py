@@ -69,7 +69,7 @@ def test_ids_that_do_not_follow_the_merges_of_a_trained_tokenizer():
         settings["added_tokens"][0]["id"] = len(vocab) - 1
 
     bpe = changed(byte_level(), turn_ids)
-    choice = choose(wrapped(bpe), TEXTS)
+    choice = choose(wrapped(bpe), TEXTS, "tiktoken")
     assert choice.name == "tiktoken", choice.reason
     assert_same(wrapped(bpe), choice.build(), [*nasty_texts(), *TEXTS])
     naive = {token: int(n) for token, n in zip(choice.fast.tokens, choice.fast.ids, strict=True)}
@@ -86,7 +86,7 @@ def test_merges_in_another_order_are_another_tokenizer():
 
     bpe = changed(byte_level(), shuffle)
     assert len(plan(bpe).tokens) < len(plan(byte_level()).tokens)
-    choice = choose(wrapped(bpe), TEXTS)
+    choice = choose(wrapped(bpe), TEXTS, "tiktoken")
     assert choice.name == "tiktoken", choice.reason
     assert_same(wrapped(bpe), choice.build(), [*nasty_texts(), *TEXTS])
 
@@ -199,7 +199,7 @@ def test_digits_before_bytes_are_for_tokenizers():
 @pytest.mark.parametrize("form", [normalizers.NFC, normalizers.NFD, normalizers.NFKC, normalizers.NFKD])
 def test_normal_forms_are_taken(form):
     bpe = byte_level(QWEN_2, normalizers.Sequence([form()]))
-    choice = choose(wrapped(bpe), TEXTS)
+    choice = choose(wrapped(bpe), TEXTS, "tiktoken")
     assert choice.name == "tiktoken", choice.reason
     assert_same(wrapped(bpe), choice.build(), nasty_texts())
 

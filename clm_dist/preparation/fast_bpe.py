@@ -242,9 +242,9 @@ def _in_order_of_ranks(settings: dict[str, Any], added: list[str]) -> list[str]:
             made[token] = None
             latest = token
     unseen = set(filter(str.isascii, added))  # texts with these are not for tiktoken
-    looked_up = (
-        [token for token in tokens if parts[token] > 1 and token not in unseen] if model["ignore_merges"] else []
-    )
+    looked_up = [token for token in tokens if parts[token] > 1 and token not in unseen]
+    if not model["ignore_merges"]:
+        return [*alphabet, *made]
     for token in looked_up:
         if parts[token] == 2:
             raise RefusedError(f"tiktoken would merge two tokens to {token!r}, which no merge of the tokenizer makes")

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import clm_dist
 from clm_dist.errors import RunError
+from clm_dist.preparation.encoders import DifferentIdsError
 from clm_dist.preparation.worker import Done, Job, Task, do
 
 
@@ -83,7 +84,7 @@ class Pool(AbstractContextManager["Pool"]):
             answer: Any = connection.recv()
         except (EOFError, ConnectionResetError):
             self._lost(connection)
-        if isinstance(answer, OSError):
+        if isinstance(answer, OSError | DifferentIdsError):
             raise answer
         if isinstance(answer, str):
             raise RuntimeError(f"a worker failed:\n{answer}")

@@ -23,7 +23,8 @@ from clm_dist.data.source import open_sources
 from clm_dist.errors import RunError, UserError
 from clm_dist.preparation.assemble import Assembly, check_sums, write_bad_records
 from clm_dist.preparation.corpus import Corpus
-from clm_dist.preparation.encode import choose
+from clm_dist.preparation.encode import Choice, choose
+from clm_dist.preparation.encoders import DifferentIdsError
 from clm_dist.preparation.encoding import Progress, encode
 from clm_dist.preparation.selection import Selection
 from clm_dist.preparation.training import trained_tokenizer
@@ -35,7 +36,7 @@ from clm_dist.versions import versions
 SAMPLE_CHARACTERS = 200_000  # of the user's text, on which encoders are compared before one is chosen
 
 
-def prepare(config: Config, shard: Shard | None = None, workers: int | None = None) -> None:
+def prepare(config: Config, shard: Shard | None = None, workers: int | None = None, encoder: str | None = None) -> None:
     """Writes data.prepared_dir, or says that it is there already, or what other shards still have to do.
 
     Nothing half-written ever stands under that name. What was done before an interruption is kept beside it.
@@ -67,7 +68,8 @@ def prepare(config: Config, shard: Shard | None = None, workers: int | None = No
         if tokenizer is None:
             with work.alone("plan"):  # one process trains it, the others wait
                 tokenizer = trained_tokenizer(config.data, corpus, work)
-        progress = _encode(config, corpus, work, tokenizer, shard, workers)
+        choice = choose(tokenizer, corpus.sample(SAMPLE_CHARACTERS), encoder)
+        progress = _encode(config, corpus, work, choice, tokenizer.eos_token_id, shard, workers)
         if progress.missing:
             print(f"{shard} is done; {progress}")
             return
@@ -94,23 +96,29 @@ def work_key(config: Config, identity: Any, tokenizer_sha256: str | None) -> str
 
 
 def _encode(
-    config: Config, corpus: Corpus, work: WorkFolder, tokenizer: Any, shard: Shard, workers: int | None
+    config: Config, corpus: Corpus, work: WorkFolder, choice: Choice, eos: int | None, shard: Shard, workers: int | None
 ) -> Progress:
     """Makes the units that are this shard's and not there yet."""
     data = config.data
-    if data.append_eos and tokenizer.eos_token_id is None:
+    if data.append_eos and eos is None:
         raise UserError("data.append_eos=true but the tokenizer has no end-of-text token; set data.append_eos=false")
-    choice = choose(tokenizer, corpus.sample(SAMPLE_CHARACTERS))
     print(f"tokenising with {choice.reason}")
     task = Task(
         choice=choice,
-        eos_token_id=tokenizer.eos_token_id if data.append_eos else None,
+        eos_token_id=eos if data.append_eos else None,
         separator=data.text_separator,
         split_seed=data.split_seed,
         deduplicate=data.deduplicate,
         stop_on_error=data.on_error == "stop",
     )
-    return encode(corpus, work, task, shard, workers)
+    try:
+        return encode(corpus, work, task, shard, workers)
+    except DifferentIdsError as error:
+        work.forget()  # what it made before may be wrong as well
+        raise RunError(
+            f"fastokens gave other ids than tiktoken {error}; nothing that it made is kept; use --encoder tiktoken, and "
+            "tell its makers"
+        ) from None
 
 
 def _assemble(config: Config, corpus: Corpus, work: WorkFolder, tokenizer: Any, identity: Any) -> None:

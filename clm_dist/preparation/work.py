@@ -143,6 +143,11 @@ class WorkFolder:
                     found.append(file.read().strip())
         return found
 
+    def forget(self) -> None:
+        """Removes all units."""
+        shutil.rmtree(self.units)
+        self.units.mkdir()
+
     def remove(self) -> None:
         """Removes the folder and all that is in it."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -14,7 +14,8 @@ import numpy as np
 
 from clm_dist.data.records import Bad, Chunk, texts_of
 from clm_dist.data.split import document_digest, document_key
-from clm_dist.preparation.encode import Choice, Encoder
+from clm_dist.preparation.encode import Choice
+from clm_dist.preparation.encoders import DifferentIdsError, Encoder
 from clm_dist.preparation.units import Unit
 
 
@@ -101,7 +102,7 @@ def main() -> None:
             number, job = connection.recv()
             try:
                 connection.send(do(job, number, task, encoder))
-            except OSError as error:  # a full disk, a file that went away
+            except (OSError, DifferentIdsError) as error:  # a full disk, a file that went away
                 connection.send(error)
             except Exception:
                 connection.send(traceback.format_exc())
