@@ -5,7 +5,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import clm_dist
 
-PACKAGES = ("torch", "accelerate", "transformers", "tokenizers", "datasets", "evaluate", "numpy", "pyarrow")
+PACKAGES = (
+    *("torch", "accelerate", "transformers", "tokenizers", "tiktoken", "fastokens", "datasets", "evaluate", "numpy"),
+    "pyarrow",
+)
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Every command of the README runs, in the README's order, in a copy of the repository.
+"""Every command of the README and of docs/data.md runs, in their order, in a copy of the repository.
 
 The Hub's place is taken by the local stand-in with a tiny model and data set of the same names, so that what the reader
 types is what runs. `make test` is what runs this.
@@ -17,16 +17,16 @@ from test_hub import DATA, MODEL
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line
-]
+PAGES = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/data.md"))
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGES, re.DOTALL) for line in block.splitlines() if line]
 
 
 def test_the_readme_shows_commands_for_each_job():
     for needle in (
         "make demo",
         "clm-dist prepare",
+        "clm-dist data verify",
+        "--shard 1/2",
         "accelerate launch",
         "--num_machines 2",
         "launch/local.sh",

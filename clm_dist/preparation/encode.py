@@ -73,41 +73,41 @@ def choose(tokenizer: Any, sample: Sequence[str], wanted: str | None = None) -> 
         return replace(no_faster("transformers", why), tokenizer=tokenizer)
     backend = tokenizer.backend_tokenizer.to_str()
     exact = TokenizersEncoder(backend, bool(getattr(tokenizer, "split_special_tokens", False)), dtype)
-    settings = {"backend": backend, "encode_special_tokens": exact.tokenizer.encode_special_tokens}
+    settings: dict[str, Any] = {"backend": backend, "encode_special_tokens": exact.tokenizer.encode_special_tokens}
     texts, expected = encoded(python, [*nasty_texts(tokenizer.get_added_vocab()), *sample])
     try:
         if wanted == "tokenizers":
             raise RefusedError("--encoder says so")
-        fast = fast_bpe(json.loads(backend), dtype)
+        settings["fast"] = fast = fast_bpe(json.loads(backend), dtype)
+        why_not = "not asked for"
+        if wanted != "tiktoken":
+            why_not = fastokens_differs(fast, exact, backend, texts, expected)
+            if not why_not:
+                how = f"compared with tokenizers on {len(texts):,} texts, and with tiktoken on every {CHECKED_EVERY}th"
+                return Choice("fastokens", f"fastokens, {how}", dtype, **settings)
         compared = compare(TiktokenEncoder(fast, exact), texts, expected)
     except RefusedError as error:
         differs = first_difference(texts, expected, exact.encode(texts))
         if differs is not None:
             why = f"{type(tokenizer).__name__} does more than its Rust part, e.g. for {differs[:40]!r}"
             return replace(no_faster("transformers", why), tokenizer=tokenizer)
+        settings.pop("fast", None)
         return replace(no_faster("tokenizers", str(error)), **settings)
-    settings["fast"] = fast
     proved = f"tiktoken, proved to give the ids of tokenizers, and compared on {compared:,} texts"
-    why_not = (
-        fastokens_differs(fast, exact, backend, texts, expected) if wanted in (None, "fastokens") else "not asked for"
-    )
-    if why_not is not None:
-        return replace(no_faster("tiktoken", why_not), reason=proved, **settings)
-    reason = f"fastokens, compared with tokenizers on {compared:,} texts, and with tiktoken on every {CHECKED_EVERY}th"
-    return Choice("fastokens", reason, dtype, **settings)
+    return replace(no_faster("tiktoken", why_not), reason=proved, **settings)
 
 
 def fastokens_differs(
     fast: FastBPE, exact: TokenizersEncoder, backend: str, texts: Sequence[str], expected: tuple[np.ndarray, np.ndarray]
-) -> str | None:
-    """Why fastokens cannot be used; None if it can."""
+) -> str:
+    """Why fastokens cannot be used; "" if it can. That tiktoken gives the same is compared with it."""
     if importlib.util.find_spec("fastokens") is None:
         return "it is not installed (pip install 'clm-dist[fast]')"
     try:
         compare(FastokensEncoder(fast, exact, backend, checked_every=1), texts, expected)
     except Exception as error:  # of a library that refuses some tokenizers with errors of any kind
         return f"fastokens refuses this tokenizer or gives other ids ({type(error).__name__}: {str(error)[:100]})"
-    return None
+    return ""
 
 
 def encoded(encoder: Encoder, texts: Sequence[str]) -> tuple[Sequence[str], tuple[np.ndarray, np.ndarray]]:

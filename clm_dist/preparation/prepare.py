@@ -75,7 +75,8 @@ def prepare(config: Config, shard: Shard | None = None, workers: int | None = No
             return
         with work.alone("assemble"):
             if not (target / MANIFEST).exists():  # else another shard saw it first that all was there
-                _assemble(config, corpus, work, tokenizer, identity)
+                sha256 = sha256 or tokenize.tokenizer_sha256(tokenizer)
+                _assemble(config, corpus, work, tokenizer, (identity, sha256))
         manifest = read_manifest(config.data.prepared_dir)
         work.remove()
     announce(manifest, target)
@@ -121,8 +122,11 @@ def _encode(
         ) from None
 
 
-def _assemble(config: Config, corpus: Corpus, work: WorkFolder, tokenizer: Any, identity: Any) -> None:
-    """All units to the data set, in a folder beside the target that takes its name last."""
+def _assemble(config: Config, corpus: Corpus, work: WorkFolder, tokenizer: Any, contents: tuple[Any, str]) -> None:
+    """All units to the data set, in a folder beside the target that takes its name last.
+
+    contents: what the source is and the hash of the tokenizer.
+    """
     data, folder = config.data, work.result
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -139,7 +143,7 @@ def _assemble(config: Config, corpus: Corpus, work: WorkFolder, tokenizer: Any, 
     tokenize.save_tokenizer(tokenizer, folder / "tokenizer")
     write_bad_records(folder, units)
     (folder / "dataset_dict.json").write_text('{"splits": ["train", "eval"]}\n')  # without it `datasets` opens nothing
-    options, sha256 = options_of(config), tokenize.tokenizer_sha256(tokenizer)
+    options, (identity, sha256) = options_of(config), contents
     Manifest(
         key=key_of(identity, sha256, options),
         options=options,
