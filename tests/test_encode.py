@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from clm_dist.errors import UserError
-from clm_dist.preparation import encode, encoders
+from clm_dist.preparation import encoders
 from clm_dist.preparation.encode import choose
-from clm_dist.preparation.encoders import DifferentIdsError, TokenizersEncoder, has_long_run
+from clm_dist.preparation.encoders import TokenizersEncoder, has_long_run
 from clm_dist.preparation.nasty import nasty_texts
 
 TEXTS = [" ".join(row["answers"]["text"]) for row in read_rows(SAMPLE)]
@@ -245,49 +244,6 @@ def test_failures_of_tiktoken_are_for_tokenizers(built, monkeypatch):
     panic = type("PanicException", (BaseException,), {})("as of pyo3")
     monkeypatch.setattr(encoder._encoding, "encode_to_numpy", Mock(side_effect=panic))
     assert_same(tokenizer, encoder, ["text"])
-
-
-@pytest.mark.parametrize("name", FAST)
-def test_fastokens_gives_the_same(built, name):
-    """The fastest, where it is installed; compared with tiktoken on the way."""
-    tokenizer, _, _ = built(name)
-    choice = choose(tokenizer, TEXTS)
-    assert choice.name == "fastokens", choice.reason
-    encoder = pickle.loads(pickle.dumps(choice)).build()
-    nasty = nasty_texts(tokenizer.get_added_vocab())
-    for texts in (nasty, nasty[::-7], TEXTS):
-        assert_same(tokenizer, encoder, texts)
-
-
-def test_a_fastokens_that_errs_is_stopped(built, monkeypatch):
-    """Mutant: one id in a checked text is another one, or one too many; and where it is not installed tiktoken does."""
-    tokenizer, _, _ = built("gpt2")
-    encoder = choose(tokenizer, TEXTS).build()
-    right = encoder._unchecked
-    for wrong in (
-        lambda ids, lengths: (ids ^ (np.arange(len(ids)) == 0), lengths),
-        lambda ids, lengths: (ids, lengths + 1),
-    ):
-        monkeypatch.setattr(encoder, "_unchecked", lambda texts, wrong=wrong: wrong(*right(texts)))
-        with pytest.raises(DifferentIdsError, match="for one of 1 texts, the first of which begins 'some text'"):
-            encoder.encode(["some text", "more"])
-    monkeypatch.setattr(encode.importlib.util, "find_spec", lambda name: None)
-    assert choose(tokenizer, TEXTS).name == "tiktoken"
-    with pytest.raises(UserError, match=r"--encoder fastokens cannot be used, because it is not installed"):
-        choose(tokenizer, TEXTS, "fastokens")
-
-
-def test_what_cannot_be_had_is_refused_by_name(built):
-    for name, wanted, why in (
-        ("wordpiece", "tiktoken", "its model is not BPE|WordPiece"),
-        ("byt5", "tokenizers", "ByT5Tokenizer is written in Python"),
-    ):
-        with pytest.raises(UserError, match=rf"--encoder {wanted} cannot be used, because .*({why})"):
-            choose(built(name)[0], TEXTS, wanted)
-    for wanted in ("tokenizers", "transformers"):  # slower than need be, when that is asked for
-        choice = choose(built("gpt2")[0], TEXTS, wanted)
-        assert choice.name == wanted and "--encoder says so" in choice.reason
-        assert_same(built("gpt2")[0], choice.build(), TEXTS)
 
 
 def test_text_that_tiktoken_loses_is_noticed(built):

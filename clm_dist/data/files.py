@@ -9,6 +9,7 @@ import gzip
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,7 +47,7 @@ class LocalFile:
 
     def num_chunks(self) -> int | None:
         """How many chunks there are, where that can be told without reading the file."""
-        if self.path.suffix in (".json", ".jsonl") and not self._is_array():
+        if self.path.suffix in (".json", ".jsonl") and not self._is_array:
             return -(-self.path.stat().st_size // CHUNK_BYTES)
         return None
 
@@ -70,11 +71,12 @@ class LocalFile:
                     yield from _gathered(_csv(self.path))
                 case "txt":
                     yield from _gathered(_paragraphs(self.path))
-                case _ if self._is_array():
+                case _ if self._is_array:
                     yield from _gathered(_array(self.path))
                 case _:
                     yield from _packed_lines(self.path)
 
+    @cached_property
     def _is_array(self) -> bool:
         """Whether this is one JSON array rather than a record a line: the first character tells."""
         try:

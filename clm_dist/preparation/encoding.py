@@ -1,7 +1,8 @@
 """Chunks to units: those of one shard that are not there yet, by several processes while this one reads on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from clm_dist.preparation.corpus import Corpus, Place
 from clm_dist.preparation.pool import Pool, default_workers
@@ -48,56 +49,54 @@ class Progress:
 
 def encode(corpus: Corpus, work: WorkFolder, task: Task, shard: Shard, workers: int | None) -> Progress:
     """Makes this shard's missing units; returns what is then there of all. UserError for the first bad record."""
-    sizes = [place.part.bytes for place in corpus.places()]
+    sizes = [place.part.bytes for place in corpus.places]
     small = all(sizes) and sum(sizes) < SMALL
     workers = 0 if small else workers or default_workers()
-    known = [work.chunks_of(place.part, place.column, task.separator) for place in corpus.places()]
+    known = [place.num_chunks(work) for place in corpus.places]
     total = None if None in known else sum(filter(None, known))
+    tokens = 0
     with Pool(task, workers) as pool, bar("tokenising", "chunks", total) as shown:
-        for done in pool.run(_missing(corpus, work, task, shard)):
+        for done in pool.run(_missing(corpus, work, shard)):
             if done.bad is not None:
                 raise done.bad.error()
+            tokens += done.tokens
+            shown.set_postfix_str(f"{tokens:,} tokens", refresh=False)
             shown.update()
-    return progress_of(corpus, work, task.separator)
+    return progress_of(corpus, work)
 
 
-def progress_of(corpus: Corpus, work: WorkFolder, separator: str) -> Progress:
+def progress_of(corpus: Corpus, work: WorkFolder) -> Progress:
     """What is there of all parts."""
-    found = []
-    for place in corpus.places():
-        chunks = work.chunks_of(place.part, place.column, separator)
-        done = work.done(place.part, place.column, separator)
-        found.append(PartProgress(place.part.name, len(done), chunks))
-    return Progress(found)
+    done = work.done()
+    parts = [PartProgress(place.part.name, len(done[place.id]), place.num_chunks(work)) for place in corpus.places]
+    return Progress(parts)
 
 
-def _missing(corpus: Corpus, work: WorkFolder, task: Task, shard: Shard) -> Iterator[Job]:
+def _missing(corpus: Corpus, work: WorkFolder, shard: Shard) -> Iterator[Job]:
     """The chunks of a shard without a unit. A part that is complete is not read."""
-    places = corpus.places()
-    for number, place in enumerate(places):
-        yield from _missing_of_part(place, work, task, shard, number, len(places))
+    done = work.done()
+    parts = len(corpus.places)
+    for number, place in enumerate(corpus.places):
+        mine = partial(shard.takes, number, parts)
+        if any(map(mine, range(shard.count))):  # else the whole part is another's, who will note its chunks
+            yield from _missing_of_part(place, work, mine, done[place.id])
 
 
-def _missing_of_part(
-    place: Place, work: WorkFolder, task: Task, shard: Shard, number: int, parts: int
-) -> Iterator[Job]:
-    part, column = place.part, place.column
-    chunks = work.chunks_of(part, column, task.separator)
-    done = work.done(part, column, task.separator)
+def _missing_of_part(place: Place, work: WorkFolder, mine: Callable[[int], bool], done: set[int]) -> Iterator[Job]:
+    chunks = place.num_chunks(work)
     if chunks is None:
-        if parts >= 4 * shard.count and not shard.takes(number, parts, 0):
-            return  # all of it is another's, who will note how many chunks it has
         first, last = 0, None
     else:
-        wanted = [n for n in range(chunks) if n not in done and shard.takes(number, parts, n)]
+        wanted = [number for number in range(chunks) if number not in done and mine(number)]
         if not wanted:
             return
         first, last = wanted[0], wanted[-1]
     read = first
-    for chunk in part.chunks(first):
-        if read not in done and shard.takes(number, parts, read):
-            yield Job(chunk, column, work.unit(part, column, task.separator, read))
+    for chunk in place.part.chunks(first):
+        if read not in done and mine(read):
+            yield Job(chunk, place.column, work.unit(place.id, read))
         read += 1
         if last is not None and read > last:
             return
-    work.note_chunks(part, column, task.separator, read)
+    if place.part.num_chunks() is None:
+        work.note_chunks(place.id, read)

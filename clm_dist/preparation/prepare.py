@@ -61,6 +61,8 @@ def prepare(config: Config, shard: Shard | None = None, workers: int | None = No
         raise UserError(
             f"data.prepared_dir={target} exists and was not written by prepare; choose another folder or empty this one"
         )
+    if config.data.on_error == "stop":
+        corpus.check_first_records()
     work = WorkFolder(target)
     with _told(target, work), _terminable(), work.held(shard):
         sha256 = None if tokenizer is None else tokenize.tokenizer_sha256(tokenizer)

@@ -23,7 +23,7 @@ def status(config: Config) -> str:
     if not work.folder.exists():
         return f"{target}: nothing is done yet"
     corpus = Corpus(config.data, open_sources(config.data))
-    progress = progress_of(corpus, work, config.data.text_separator)
+    progress = progress_of(corpus, work)
     lines = [f"{target} is not complete: {progress}"]
     for part in progress.missing[:PARTS_SHOWN]:
         of = "an unknown number of" if part.chunks is None else part.chunks

@@ -2,20 +2,18 @@
 
 import errno
 import fcntl
-import hashlib
-import json
 import os
 import re
 import shutil
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from clm_dist.data.source import Part
 from clm_dist.errors import UserError
 
 FEW = 16  # units
@@ -57,33 +55,33 @@ class WorkFolder:
         self.tokenizer = self.folder / "tokenizer"
         self.result = self.folder / "result"
 
-    def unit(self, part: Part, column: str, separator: str, number: int) -> Path:
+    def unit(self, part_id: str, number: int) -> Path:
         """Where the unit of a chunk lies."""
-        return self.units / f"{self._part_id(part, column, separator)}-{number:06d}.npz"
+        return self.units / f"{part_id}-{number:06d}.npz"
 
-    def chunks_of(self, part: Part, column: str, separator: str) -> int | None:
-        """How many chunks a part has: told by itself, or noted when it was read to its end; else None."""
-        note = self.units / f"{self._part_id(part, column, separator)}.chunks"
-        number = part.num_chunks()
-        return int(note.read_text()) if number is None and note.exists() else number
+    def done(self) -> dict[str, set[int]]:
+        """By part, the chunks whose units are there. One look at the folder, however many parts there are."""
+        found: dict[str, set[int]] = defaultdict(set)
+        for path in self.units.glob("*.npz"):
+            part_id, _, number = path.stem.rpartition("-")
+            found[part_id].add(int(number))
+        return found
 
-    def done(self, part: Part, column: str, separator: str) -> set[int]:
-        """The chunks of a part whose units are there."""
-        found = self.units.glob(f"{self._part_id(part, column, separator)}-*.npz")
-        return {int(path.stem.rpartition("-")[2]) for path in found}
+    def noted_chunks(self, part_id: str) -> int | None:
+        """How many chunks a part turned out to have when it was read to its end; None if it never was."""
+        note = self.units / f"{part_id}.chunks"
+        return int(note.read_text()) if note.exists() else None
+
+    def note_chunks(self, part_id: str, number: int) -> None:
+        """Remembers how many chunks a part turned out to have."""
+        write_text(self.units / f"{part_id}.chunks", str(number))
 
     def kept(self) -> str:
         """What is kept after a failure, for its message."""
-        return f"{self._count()} finished chunks are kept in {self.folder}: the same command goes on from there"
-
-    def note_chunks(self, part: Part, column: str, separator: str, number: int) -> None:
-        """Remembers how many chunks a part turned out to have."""
-        if part.num_chunks() is None:
-            write_text(self.units / f"{self._part_id(part, column, separator)}.chunks", str(number))
-
-    @staticmethod
-    def _part_id(part: Part, column: str, separator: str) -> str:
-        return hashlib.sha256(json.dumps([part.key, column, separator]).encode()).hexdigest()[:24]
+        count = self._count()
+        if not count:
+            return "nothing was finished before"
+        return f"{count} finished chunks are kept in {self.folder}: the same command goes on from there"
 
     @contextmanager
     def held(self, shard: Shard) -> Iterator[None]:
