@@ -1,4 +1,4 @@
-"""The door: `clm-dist prepare | train | evaluate | generate | report`. Imports no torch."""
+"""The door: `clm-dist prepare | data | train | evaluate | generate | report`. Imports no torch."""
 
 import argparse
 import errno
@@ -124,10 +124,14 @@ def main(argv: Sequence[str]) -> int:
         from clm_dist import commands
 
         getattr(commands, args.command.replace(" ", "_"))(args)
+        sys.stdout.flush()
     except UserError as error:
         lead = f"clm-dist {args.command}:\n" if "\n" in str(error) else f"clm-dist {args.command}: error: "
         _complain(f"{lead}{error}")
         return EXIT_MISCONFIGURED
+    except BrokenPipeError:  # of `| head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except RunError as error:
         _complain(f"clm-dist {args.command}: failed: {error}")
         return EXIT_FAILED

@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ from clm_dist import recipe
 from clm_dist.config import Config, GenerateConfig
 from clm_dist.errors import ConfigError, UserError
 
+NO_MODEL = "none"  # of a recipe that only prepares
+
 
 def prepare(args: argparse.Namespace) -> None:
     """Text to blocks. A launcher would make every rank do all of it; --shard and --workers share it."""
     _refuse_launcher("prepare")
-    config = recipe.load(args.recipe, args.overrides)
+    config = recipe.load(args.recipe, args.overrides, absent={"model": {"type": NO_MODEL}, "train": {"epochs": 1}})
     from clm_dist.data.manifest import MANIFEST
     from clm_dist.preparation.prepare import prepare as prepare_data
     from clm_dist.preparation.status import status
@@ -25,7 +29,8 @@ def prepare(args: argparse.Namespace) -> None:
     shard = Shard.parse(args.shard) if args.shard else Shard()
     if not (Path(config.data.prepared_dir) / MANIFEST).exists():  # else there is nothing to do, or a misfit to tell
         quiet_libraries()
-        _check_positions(config)
+        if config.model.type != NO_MODEL:
+            _check_positions(config)
     if args.status:
         print(status(config))
     else:
@@ -36,14 +41,16 @@ def data_inspect(args: argparse.Namespace) -> None:
     """What prepared data holds."""
     from clm_dist.preparation.inspect import inspect
 
-    print(inspect(args.folder, args.split, args.block))
+    with _undamaged(args.folder):
+        print(inspect(args.folder, args.split, args.block))
 
 
 def data_verify(args: argparse.Namespace) -> None:
     """Whether prepared data is what was written."""
     from clm_dist.preparation.verify import verify
 
-    print(verify(args.folder))
+    with _undamaged(args.folder):
+        print(verify(args.folder))
 
 
 def train(args: argparse.Namespace) -> None:
@@ -109,6 +116,20 @@ def report(args: argparse.Namespace) -> None:
     _check_output(args.output, ".html")
     path = write_report(Path(args.run), Path(args.output) if args.output else None)
     print(f"report in {path}")
+
+
+@contextmanager
+def _undamaged(folder: str) -> Iterator[None]:
+    """Prepared data of which a part is missing or of another shape is one message."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # of who reads what we print
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder} is damaged ({type(error).__name__}: {error}); `clm-dist data verify` names the file; copy it again, "
+            "or remove the folder and prepare again"
+        ) from None
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -181,7 +202,8 @@ def quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a data set without a card is a data set
+    # a data set without a card is a data set; and that it tries five times is told by the message at the end
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def _device() -> Any:

@@ -14,11 +14,11 @@ def progress(items: Iterable[T], label: str, unit: str, visible: bool = True) ->
     return tqdm(items, **_looks(label, unit, visible))
 
 
-def bar(label: str, unit: str, total: int | None) -> Any:
-    """A bar that is moved by hand (`update`); a context manager."""
+def bar(label: str, unit: str, total: int | None, done: int = 0) -> Any:
+    """A bar of whole things that is moved by hand (`update`); a context manager."""
     from tqdm import tqdm
 
-    return tqdm(total=total, **_looks(label, unit, True))
+    return tqdm(total=total, initial=done, **{**_looks(label, unit, True), "unit_scale": False})
 
 
 def _looks(label: str, unit: str, visible: bool) -> dict[str, Any]:

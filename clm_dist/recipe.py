@@ -14,9 +14,12 @@ from clm_dist.disagreements import disagreements
 from clm_dist.errors import ConfigError, UserError, nearest
 
 
-def load(path: str | Path, overrides: list[str]) -> Config:
-    """The recipe at `path` with `section.field=value` overrides laid over it."""
-    values = read_yaml(Path(path))
+def load(path: str | Path, overrides: list[str], absent: dict[str, dict[str, Any]] | None = None) -> Config:
+    """The recipe at `path` with `section.field=value` overrides laid over it.
+
+    absent: what to assume of sections that the recipe leaves out, for a command that does not read them.
+    """
+    values = {**(absent or {}), **read_yaml(Path(path))}
     for name in Config.model_fields:
         if values.get(name, ...) is None and section_at([name]) is not None:
             values[name] = {}  # a section with nothing in it: its defaults

@@ -25,7 +25,7 @@ class BlockWriter:
     """Writes one split in the layout of `Dataset.save_to_disk`, block by block, in flat memory."""
 
     def __init__(self, folder: Path, block_size: int, dtype: np.dtype[Any], split: str) -> None:
-        folder.mkdir(parents=True)
+        folder.mkdir()
         self.folder, self.block_size, self.dtype, self.split = folder, block_size, np.dtype(dtype), split
         self.blocks = 0
         self.padding = 0
@@ -71,8 +71,9 @@ class BlockWriter:
         names = [f"data-{number:05d}-of-{len(self.files):05d}.arrow" for number in range(len(self.files))]
         for number, name in enumerate(names):
             self._partial(number).rename(self.folder / name)
-        for array in filter(None, (self._documents, self._used)):
-            array.close()
+        self._documents.close(self.blocks * self.block_size)
+        if self._used is not None:
+            self._used.close(self.block_size)
         value = {"dtype": self.dtype.name, "_type": "Value"}
         features = {"input_ids": {"feature": value, "length": self.block_size, "_type": "List"}}
         _write_json(self.folder / "dataset_info.json", {"citation": "", "description": "", "features": features})
@@ -171,18 +172,18 @@ class _ArrayWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.length, self.largest = path, 0, 0
+        self.path, self.length = path, 0
         self._partial = path.with_name(f"{path.name}.partial")
         self._file: BinaryIO = self._partial.open("wb")
 
     def write(self, values: np.ndarray) -> None:
         self._file.write(values.astype(np.int64).tobytes())
         self.length += len(values)
-        self.largest = max(self.largest, int(values.max(initial=0)))
 
-    def close(self) -> None:
+    def close(self, largest: int) -> None:
+        """largest: what is looked for in it at most, so that its type holds that too."""
         self._file.close()
-        dtype = np.dtype(np.uint32 if self.largest < 2**32 else np.int64)
+        dtype = np.dtype(np.uint32 if largest < 2**32 else np.int64)
         header = {"descr": dtype.str, "fortran_order": False, "shape": (self.length,)}
         with self.path.open("wb") as file, self._partial.open("rb") as values:
             np.lib.format.write_array_header_1_0(file, header)

@@ -29,6 +29,7 @@ class LocalFile:
     path: Path
     sha256: str  # of the file as it is on disk
     column: str  # the text column: others need not travel
+    stamp: tuple[int, int]  # size and time of the last change when it was hashed
 
     @property
     def name(self) -> str:
@@ -38,17 +39,23 @@ class LocalFile:
     @property
     def key(self) -> str:
         """The contents and how they are read, whatever the file is called."""
-        return f"{kind(self.path)}:{self.sha256}"
+        packed = ".gz" if self.path.suffix == ".gz" else ""
+        return f"{kind(self.path)}{packed}:{self.sha256}"
 
     @property
     def bytes(self) -> int:
         """Size on disk, for progress."""
-        return self.path.stat().st_size
+        return self.stamp[0]
+
+    def check_unchanged(self) -> None:
+        """UserError where the file is not what was hashed any more."""
+        if stamp_of(self.path) != self.stamp:
+            raise UserError(f"{self.path} changed while it was read; leave it alone and run the same command again")
 
     def num_chunks(self) -> int | None:
         """How many chunks there are, where that can be told without reading the file."""
         if self.path.suffix in (".json", ".jsonl") and not self._is_array:
-            return -(-self.path.stat().st_size // CHUNK_BYTES)
+            return -(-self.stamp[0] // CHUNK_BYTES)
         return None
 
     def chunks(self, first: int = 0) -> Iterator[Chunk]:
@@ -99,6 +106,13 @@ def suffix(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
+def stamp_of(path: Path) -> tuple[int, int]:
+    """What changes when a file does: its size and the time of the last change."""
+    with reading(path):
+        found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """A file that cannot be opened or read at all is named, with the system's reason."""
@@ -142,11 +156,13 @@ def _packed_lines(path: Path) -> Iterator[Chunk]:
                 start = len(file.read(3))
             while data := file.read1(2**16):  # type: ignore[attr-defined]  # of what precedes damage nothing is lost
                 held += data
-                if len(held) < CHUNK_BYTES:
-                    continue
-                end = held.rfind(b"\n", searched) + 1
-                searched = 0 if end else len(held)  # a line of gigabytes is not searched again and again
-                if end:
+                while len(held) >= CHUNK_BYTES:
+                    # by the contents alone, not by how much a reading gave, which differs between versions of Python
+                    end = held.rfind(b"\n", 0, CHUNK_BYTES) + 1 if not searched else 0
+                    end = end or held.find(b"\n", max(CHUNK_BYTES, searched)) + 1
+                    searched = 0 if end else len(held)  # a line of gigabytes is not searched again and again
+                    if not end:
+                        break
                     yield Lines(str(path), start, bytes(held[:end]), first_line)
                     start, first_line = start + end, first_line + held.count(b"\n", 0, end)
                     del held[:end]
@@ -219,34 +235,34 @@ def _csv(path: Path) -> Iterator[Item]:
 
 def _paragraphs(path: Path) -> Iterator[Item]:
     """Documents of plain text: what stands between blank lines."""
-    first, begin, held = 1, 0, b""
-
-    def paragraph() -> Item:
-        try:
-            return f"{path}, line {first}", {None: held.decode("utf-8").strip("\r\n")}, len(held)
-        except UnicodeDecodeError as error:
-            line = first + held[: error.start].count(b"\n")
-            text = held.decode("utf-8", errors="backslashreplace")
-            return "", Bad(f"{path}, line {line}, byte {begin + error.start}", wrong_byte(error), text), len(held)
-
-    end = 0
+    held: list[bytes] = []
+    first = begin = end = 0
     try:
         for number, offset, line in _lines(path):
             end = offset + len(line)
             if line.strip():
                 if not held:
                     first, begin = number, offset
-                held += line
+                held.append(line)
             elif held:
-                yield paragraph()
-                held = b""
+                yield _paragraph(path, first, begin, b"".join(held))
+                held = []
     except DAMAGED as error:
         if held:
-            yield paragraph()
+            yield _paragraph(path, first, begin, b"".join(held))
         yield "", _damaged(path, error, end), 0
         return
     if held:
-        yield paragraph()
+        yield _paragraph(path, first, begin, b"".join(held))
+
+
+def _paragraph(path: Path, first: int, begin: int, data: bytes) -> Item:
+    try:
+        return f"{path}, line {first}", {None: data.decode("utf-8").strip("\r\n")}, len(data)
+    except UnicodeDecodeError as error:
+        line = first + data[: error.start].count(b"\n")
+        text = data.decode("utf-8", errors="backslashreplace")
+        return "", Bad(f"{path}, line {line}, byte {begin + error.start}", wrong_byte(error), text), len(data)
 
 
 def _parquet(path: Path, column: str) -> Iterator[Chunk]:
@@ -257,7 +273,7 @@ def _parquet(path: Path, column: str) -> Iterator[Chunk]:
     first, number, size = 1, 1, 0
     try:
         with _open(path) as file:
-            table = pq.ParquetFile(file)
+            table = pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20)  # else all of the column is held
             top = column.split(".")[0]
             only = [top] if top in table.schema_arrow.names and column not in table.schema_arrow.names else None
             only = [column] if column in table.schema_arrow.names else only

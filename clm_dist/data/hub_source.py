@@ -8,9 +8,9 @@ from typing import Any
 
 from clm_dist.config import MixtureEntry
 from clm_dist.data.files import ROWS_PER_BATCH
-from clm_dist.data.records import CHUNK_BYTES, Bad, Chunk, Tables, Values
+from clm_dist.data.records import CHUNK_BYTES, Chunk, Tables
 from clm_dist.data.source import Part
-from clm_dist.errors import UserError
+from clm_dist.errors import RunError, UserError
 
 
 class HubSource:
@@ -60,6 +60,9 @@ class HubPart:
     def num_chunks(self) -> None:
         """Only reading tells."""
 
+    def check_unchanged(self) -> None:
+        """A commit does not change."""
+
     def chunks(self, first: int = 0) -> Iterator[Chunk]:
         """The chunks in order from number `first` on."""
         for number, chunk in enumerate(self._chunks()):
@@ -81,12 +84,11 @@ class HubPart:
                     yield Tables(self.name, held, start)
                     held, start, size = [], number, 0
         except Exception as error:  # of a reader of any format, or of the HTTP library in the midst of a stream
-            if held:
-                yield Tables(self.name, held, start)
+            # no bad record: it may be whole the next time, and then what follows it has to be read
             reason = " ".join(str(error.__cause__ or error).split())
-            problem = f"cannot be read on ({type(error).__name__}: {reason}); fetch it again"
-            yield Values([("", Bad(f"{self.name}, record {number}", problem))])
-            return
+            raise RunError(
+                f"{self.name} cannot be read on at record {number} ({type(error).__name__}: {reason})"
+            ) from None
         if held:
             yield Tables(self.name, held, start)
 

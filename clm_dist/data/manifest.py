@@ -124,9 +124,22 @@ def read_manifest(prepared_dir: str) -> Manifest:
             )
         values["left_out"] = LeftOut(**values["left_out"])
         values["splits"] = {name: SplitCounts(**counts) for name, counts in values["splits"].items()}
-        return Manifest(**values)
-    except (ValueError, KeyError, TypeError) as error:
+        manifest = Manifest(**values)
+        _check_types(manifest)
+        return manifest
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); remove the folder and prepare again") from None
+
+
+def _check_types(manifest: Manifest) -> None:
+    """ValueError where what others count with is no number, so that an edited manifest is one message."""
+    numbers = [file["bytes"] for file in manifest.files.values()]
+    for counts in manifest.splits.values():
+        numbers += [value for name, value in asdict(counts).items() if name != "shares"]
+    wrong = [number for number in numbers if not isinstance(number, int)]
+    wrong += [file["sha256"] for file in manifest.files.values() if not isinstance(file["sha256"], str)]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} where a number or a check sum stood")
 
 
 def check_fits(manifest: Manifest, config: Config, source_identity: Any, tokenizer_sha256: str) -> None:
@@ -149,7 +162,7 @@ def check_fits(manifest: Manifest, config: Config, source_identity: Any, tokeniz
     if manifest.tokenizer_sha256 != tokenizer_sha256:
         problems.append(
             f"{where} was prepared with tokenizer {manifest.tokenizer} (sha256 {manifest.tokenizer_sha256[:12]}), "
-            f"the tokenizer given has sha256 {tokenizer_sha256[:12]}"
+            f"the tokenizer given has sha256 {tokenizer_sha256 if ' ' in tokenizer_sha256 else tokenizer_sha256[:12]}"
         )
     if problems:
         problems.append(

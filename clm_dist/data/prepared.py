@@ -25,7 +25,17 @@ def open_prepared(config: Config) -> Manifest:
     if manifest.tokenizer != tokenize.tokenizer_name(config):
         sha256 = wanted_tokenizer(config, manifest, None)
     check_fits(manifest, config, identity, sha256)
+    check_whole(manifest, Path(config.data.prepared_dir))
     return manifest
+
+
+def check_whole(manifest: Manifest, folder: Path) -> None:
+    """UserError where a file is missing or of another size; `data verify` reads them, too."""
+    for name, written in manifest.files.items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if size != written["bytes"]:
+            what = "is missing" if size is None else f"has {size:,} bytes, {written['bytes']:,} were written"
+            raise UserError(f"{folder / name} {what}; copy it again, or remove {folder} and prepare again")
 
 
 def open_blocks(config: Config, manifest: Manifest, split: str) -> Blocks:

@@ -8,8 +8,11 @@ place, so that parsing is the workers' part; other formats are taken apart by th
 import gzip
 import json
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,16 @@ class Tables:
         """The record as a bad one."""
         return Bad(f"{self.name}, record {place}", problem, _as_text(record))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Through a pipe as Arrow's own messages: a pickled slice takes all of the table with it that it is a slice of."""
+        import pyarrow as pa
+
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self.batches[0].schema) as stream:
+            for batch in self.batches:
+                stream.write_batch(batch)
+        return _received_tables, (self.name, sink.getvalue().to_pybytes(), self.first)
+
 
 @dataclass(frozen=True)
 class Lines:
@@ -99,12 +112,18 @@ class Lines:
 
     def bad(self, place: Any, record: Any, problem: str, at: int = 0) -> Bad:
         """The record as a bad one. at: the byte of its line at which it goes wrong."""
+        lines, starts, first = self._places
+        text = lines[place].decode("utf-8", errors="backslashreplace")
+        return Bad(f"{self.path}, line {first + place}, byte {starts[place] + at}", problem, text)
+
+    @cached_property
+    def _places(self) -> tuple[list[bytes], list[int], int]:
+        """The lines, where each begins in the file, and the number of the first: once, however many are bad."""
         offset, data = self._lines()
         lines = data.split(b"\n")
+        starts = list(accumulate((len(line) + 1 for line in lines), initial=offset))
         first = _count_newlines(self.path, offset) + 1 if self.first_line is None else self.first_line
-        byte = offset + sum(len(line) + 1 for line in lines[:place]) + at
-        text = lines[place].decode("utf-8", errors="backslashreplace")
-        return Bad(f"{self.path}, line {first + place}, byte {byte}", problem, text)
+        return lines, starts, first
 
     def _record(self, number: int, line: str | bytes) -> Any:
         try:
@@ -122,19 +141,30 @@ class Lines:
         """Where the lines begin, and they."""
         if self.data is not None:
             return self.start, self.data
-        with Path(self.path).open("rb") as file:
+        try:
+            file = Path(self.path).open("rb")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}; it was there before") from None
+        with file:
             begin = self.start
             if begin:  # a line that began before belongs to the piece before
                 file.seek(begin - 1)
-                begin += len(file.readline()) - 1
+                before = file.readline(CHUNK_BYTES + 1)
+                if not before.endswith(b"\n"):
+                    return begin, b""  # it goes on beyond this piece
+                begin += len(before) - 1
             data = file.read(max(0, self.start + CHUNK_BYTES - begin))
             if data and not data.endswith(b"\n"):
                 data += file.readline()
-            if begin == 0 and data.startswith(
-                b"\xef\xbb\xbf"
-            ):  # a byte-order mark, as Excel writes it: no part of the text
+            if begin == 0 and data.startswith(BOM_UTF8):  # as Excel writes it: no part of the text
                 return 3, data[3:]
             return begin, data
+
+
+def _received_tables(name: str, messages: bytes, first: int) -> Tables:
+    import pyarrow as pa
+
+    return Tables(name, list(pa.ipc.open_stream(messages)), first)
 
 
 Chunk = Lines | Values | Tables
@@ -155,7 +185,7 @@ def texts_of(chunk: Chunk, column: str, separator: str) -> Iterator[str | Bad]:
 def text_of(record: Any, column: str, separator: str) -> str:
     """The text of a record. `column` may be nested (answers.text); a list of texts is joined by `separator`."""
     plain = isinstance(record, dict) and None in record  # a paragraph of plain text
-    value = record[None] if plain else _pick(record, column)
+    value = record[None] if plain else _pick(record, column) if isinstance(record, dict) else _MISSING
     if value is _MISSING:
         names = columns_of(record) if isinstance(record, dict) else []
         raise BadRecordError(
@@ -163,7 +193,7 @@ def text_of(record: Any, column: str, separator: str) -> str:
         )
     if value is None:
         return ""
-    parts = value if isinstance(value, list) else [value]
+    parts: list[Any] = value if isinstance(value, list) else [value]
     parts = ["" if part is None else part for part in parts]
     wrong = next((part for part in parts if not isinstance(part, str)), None)
     if wrong is not None:

@@ -5,15 +5,18 @@ that neither names nor the order in which files were given decide which blocks c
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from clm_dist.config import DataConfig, MixtureEntry
-from clm_dist.data.files import SUFFIXES, LocalFile, suffix
+from clm_dist.data.files import SUFFIXES, LocalFile, stamp_of, suffix
 from clm_dist.data.records import Chunk
 from clm_dist.errors import UserError, nearest
+
+SPLITS = {"train", "validation", "valid", "val", "dev", "test", "eval"}  # what files are called after
 
 
 class Part(Protocol):
@@ -40,6 +43,10 @@ class Part(Protocol):
 
     def chunks(self, first: int = 0) -> Iterator[Chunk]:
         """The chunks in order from number `first` on."""
+        ...
+
+    def check_unchanged(self) -> None:
+        """UserError where it is not what its key says any more."""
         ...
 
 
@@ -69,7 +76,13 @@ def open_source(config: DataConfig, entry: MixtureEntry) -> Source:
         return HubSource(entry, splits, config.streaming)
     names = [entry.source] if isinstance(entry.source, str) else entry.source
     files = [path for name in names for path in _matching(name)]
-    files = list(dict.fromkeys(files))  # a file that two globs name is one file
+    files = list({path.resolve(): path for path in files}.values())  # named twice, in any way: one file
+    inside = Path(config.prepared_dir).resolve()
+    if any(inside.is_relative_to(folder.resolve()) for folder in map(Path, names) if folder.is_dir()):
+        raise UserError(
+            f"data.prepared_dir={config.prepared_dir} lies in data.source={', '.join(names)}, which would take it for text "
+            "the next time; choose another place"
+        )
     return LocalSource({split: _hashed(_of_split(files, split, config, names), entry) for split in splits})
 
 
@@ -101,7 +114,7 @@ def _matching(name: str) -> list[Path]:
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and suffix(p) in SUFFIXES)
+        files = _below(path)
     elif any(character in name for character in "*?["):
         anchor = Path(path.anchor) if path.is_absolute() else Path()
         files = sorted(p for p in anchor.glob(str(path.relative_to(path.anchor))) if p.is_file())
@@ -120,13 +133,30 @@ def _matching(name: str) -> list[Path]:
     return files
 
 
+def _below(folder: Path) -> list[Path]:
+    """The files of known kinds in a folder and those below it, through links too; what begins with a dot is no data."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}; check its permissions") from None
+
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = Path(place).resolve()
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            found += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+        seen.add(real)
+    return [path for path in found if path.is_file() and suffix(path) in SUFFIXES]
+
+
 def _of_split(files: list[Path], split: str, config: DataConfig, names: Iterable[str]) -> list[Path]:
     """The files of a split: all of them, or where splits are named those with the split's name in theirs."""
-    named = [p for p in files if split in p.name.split(".")[0].replace("_", "-").split("-")]
+    words = {path: set(path.name.split(".")[0].replace("_", "-").split("-")) for path in files}
+    named = [path for path in files if split in words[path]]
+    if config.eval_split is None and config.train_split == "train" and not all(map(SPLITS.__and__, words.values())):
+        return files  # not all are called after splits: all of them are text to train on
     if named:
         return named
-    if config.eval_split is None and config.train_split == "train":
-        return files  # no file is called after a split: all of them are text to train on
     found = ", ".join(p.name for p in files[:10])
     raise UserError(
         f"no file of data.source={', '.join(names)} belongs to the split {split} (files: {found}); "
@@ -135,7 +165,7 @@ def _of_split(files: list[Path], split: str, config: DataConfig, names: Iterable
 
 
 def _hashed(paths: list[Path], entry: MixtureEntry) -> list[LocalFile]:
-    files = [LocalFile(path, _sha256(path), str(entry.text_column)) for path in paths]
+    files = [LocalFile(path, _sha256(path), str(entry.text_column), stamp_of(path)) for path in paths]
     return sorted(files, key=lambda file: file.key)
 
 

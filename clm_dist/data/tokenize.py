@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,18 @@ def tokenizer_sha256(tokenizer: Any) -> str:
         settings = json.loads(tokenizer.backend_tokenizer.to_str())
         # of how it was last called, not of what it is: a file may ask for truncation, and our first call ends that
         contents = json.dumps({key: value for key, value in settings.items() if key not in ("truncation", "padding")})
-    else:
-        contents = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+        contents += str(getattr(tokenizer, "split_special_tokens", False))
+    else:  # what decides its ids may stand in any of its files
+        with tempfile.TemporaryDirectory() as folder:
+            save_tokenizer(tokenizer, Path(folder))
+            contents = "".join(
+                f"{path.name}{_hash(path)}" for path in sorted(Path(folder).rglob("*")) if path.is_file()
+            )
     return hashlib.sha256(f"{contents}\0{tokenizer.eos_token_id}".encode()).hexdigest()
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def vocab_size(tokenizer: Any) -> int:

@@ -103,13 +103,25 @@ class Assembly:
                 break
             tally.add(documents, self.config.block_size)
             yield documents
-        for share, one, units in zip(shares, taken, of_source, strict=True):
-            total, size = self._sizes(units, split, one)
+        sizes = [self._sizes(units, split, one) for units, one in zip(of_source, taken, strict=True)]
+        self._check_none_is_empty(split, [total for total, _ in sizes])
+        for share, one, (total, size) in zip(shares, taken, sizes, strict=True):
             tally.bytes += size
             share["documents"] += one.documents
             share["tokens"] += one.tokens
             share["passes"] += one.passes
             share["unused"] += max(0, total - one.documents)
+
+    def _check_none_is_empty(self, split: str, totals: list[int]) -> None:
+        """A source without documents would end a mixture at once, with all that the others have unused."""
+        if 0 in totals and any(totals):
+            data = self.config
+            raise UserError(
+                f"data.mixture: {data.entries()[totals.index(0)].source} has no document for the {split} split"
+                f"{' in one of data.independent_shards' if data.independent_shards else ''} (too short, too long, a copy, "
+                "or none held out); give it more text, change data.eval_fraction or what leaves documents out, or take it "
+                "out of the mixture"
+            )
 
     def _no_shares(self) -> list[dict[str, Any]]:
         zero = {"documents": 0, "tokens": 0, "passes": 0, "unused": 0}
@@ -161,7 +173,14 @@ def check_conservation(folder: Path, split: str, counted: SplitCounts, config: D
     assert written.num_padding == counted.padding, (
         f"{split}: {counted.padding} padding in, {written.num_padding} in files"
     )
-    if counted.blocks == 0 and (counted.tokens > 0 or split == "train"):
+    wanted = split == "train" or config.eval_split or config.eval_fraction
+    if counted.tokens == 0 and wanted:
+        raise UserError(
+            f"the {split} split has no document left: all are too short, too long or copies; change "
+            f"data.min_document_tokens={config.min_document_tokens}, data.max_document_tokens={config.max_document_tokens} "
+            f"or data.deduplicate={config.deduplicate}, or give more text"
+        )
+    if counted.blocks == 0 and wanted:
         raise UserError(
             f"the {split} split has {counted.tokens} tokens, fewer than one block of data.block_size="
             f"{config.block_size}; lower block_size or give more text"

@@ -105,17 +105,20 @@ class Corpus:
         """UserError where a split has no text at all, or nothing can be held out."""
         config = self.config
         documents = dict.fromkeys((stretch.split for stretch in stretches), 0)
-        empty = dict(documents)
+        empty, bad = dict(documents), dict(documents)
         for stretch in stretches:
             entry = config.entries()[stretch.source]
             before = documents[stretch.split]
             for unit in stretch.units:
                 documents[stretch.split] += len(unit.read("lengths")[0])
-                empty[stretch.split] += unit.notes()[0]
+                empty_here, bad_here = unit.notes()
+                empty[stretch.split] += empty_here
+                bad[stretch.split] += len(bad_here)
             if documents[stretch.split] == before:
+                and_bad = f", {bad[stretch.split]} bad records" if bad[stretch.split] else ""
                 raise UserError(
                     f"split {stretch.split} of data.source={entry.source} holds no text in column {entry.text_column} "
-                    f"({empty[stretch.split]} empty documents); check data.source, the split and data.text_column"
+                    f"({empty[stretch.split]} empty documents{and_bad}); check data.source, the split and data.text_column"
                 )
         if config.eval_fraction and not selection.bound:
             raise UserError(

@@ -1,5 +1,6 @@
 """Chunks to units: those of one shard that are not there yet, by several processes while this one reads on."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from clm_dist.preparation.work import Shard, WorkFolder
 from clm_dist.preparation.worker import Job, Task
 from clm_dist.progress import bar
 
+LINE_EVERY = 60  # seconds between signs of life in a log that is no terminal
 SMALL = 2**20  # bytes of source below which starting processes takes longer than the work
 
 
@@ -52,17 +54,35 @@ def encode(corpus: Corpus, work: WorkFolder, task: Task, shard: Shard, workers: 
     sizes = [place.part.bytes for place in corpus.places]
     small = all(sizes) and sum(sizes) < SMALL
     workers = 0 if small else workers or default_workers()
-    known = [place.num_chunks(work) for place in corpus.places]
-    total = None if None in known else sum(filter(None, known))
-    tokens = 0
-    with Pool(task, workers) as pool, bar("tokenising", "chunks", total) as shown:
-        for done in pool.run(_missing(corpus, work, shard)):
+    before, total = _of_shard(corpus, work, shard)
+    if before:
+        print(f"going on: {before} {f'of {total} ' if total else ''}chunks are done")
+    tokens, told = 0, time.monotonic()
+    with Pool(task, workers) as pool, bar("tokenising", "chunks", total, before) as shown:
+        for number, done in enumerate(pool.run(_missing(corpus, work, shard)), before + 1):
             if done.bad is not None:
                 raise done.bad.error()
             tokens += done.tokens
             shown.set_postfix_str(f"{tokens:,} tokens", refresh=False)
             shown.update()
+            if shown.disable and time.monotonic() - told > LINE_EVERY:
+                told = time.monotonic()
+                print(f"tokenising: {number} {f'of {total} ' if total else ''}chunks, {tokens:,} tokens", flush=True)
+    for place in corpus.places:
+        place.part.check_unchanged()
     return progress_of(corpus, work)
+
+
+def _of_shard(corpus: Corpus, work: WorkFolder, shard: Shard) -> tuple[int, int | None]:
+    """How many chunks of a shard are done, and how many there are in all (None while only reading tells)."""
+    done, parts, before, total = work.done(), len(corpus.places), 0, 0
+    unknown = False
+    for number, place in enumerate(corpus.places):
+        before += sum(shard.takes(number, parts, chunk) for chunk in done[place.id])
+        chunks = place.num_chunks(work)
+        unknown |= chunks is None
+        total += sum(shard.takes(number, parts, chunk) for chunk in range(chunks or 0))
+    return before, None if unknown else total
 
 
 def progress_of(corpus: Corpus, work: WorkFolder) -> Progress:

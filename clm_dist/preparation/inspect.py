@@ -30,7 +30,8 @@ def show_block(manifest: Manifest, folder: str, split: str, number: int) -> str:
 
     blocks = Blocks(Path(folder) / split)
     if not 0 <= number < len(blocks):
-        raise UserError(f"--block {number}: the {split} split of {folder} has blocks 0 to {len(blocks) - 1}")
+        range_ = f"blocks 0 to {len(blocks) - 1}" if len(blocks) else "no blocks"
+        raise UserError(f"--block {number}: the {split} split of {folder} has {range_}")
     tokenizer = load_tokenizer(f"{folder}/tokenizer")
     ids, used = blocks[[number]][0], int(blocks.used([number])[0])
     starts = np.flatnonzero(blocks.document_starts([number])[0])
@@ -75,10 +76,10 @@ def _split(manifest: Manifest, folder: str, split: str) -> list[str]:
         f"{split}: {c.documents:,} documents, {c.bytes:,} bytes of text, {c.tokens:,} tokens "
         f"= {c.blocks:,} blocks x {size} - {c.padding:,} padding + {c.remainder}"
     ]
-    for share in c.shares:
+    for source, share in zip(manifest.source.split(" + "), c.shares, strict=False):
         part = share["tokens"] / max(1, c.tokens)
         lines.append(
-            f"  weight {share['weight']:g}: {share['documents']:,} documents, {share['tokens']:,} tokens ({part:.2%}), "
+            f"  {source} (weight {share['weight']:g}): {share['documents']:,} documents, {share['tokens']:,} tokens ({part:.2%}), "
             f"{share['passes']} whole passes, {share['unused']:,} documents unused"
         )
     lines += ["  tokens of a document (as far as it stands in blocks):", *histogram(_lengths(folder, split))]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import clm_dist
-from clm_dist.errors import RunError
+from clm_dist.errors import RunError, UserError
 from clm_dist.preparation.encoders import DifferentIdsError
 from clm_dist.preparation.worker import Done, Job, Task, do
 
@@ -37,7 +37,8 @@ class Pool(AbstractContextManager["Pool"]):
             )
             theirs.close()
             self._workers[ours] = process
-            self._send(ours, task)
+        for connection in self._workers:  # when all of them are starting: it takes until one has
+            self._send(connection, task)
 
     def __exit__(self, *_: object) -> None:
         for connection, process in self._workers.items():
@@ -84,7 +85,7 @@ class Pool(AbstractContextManager["Pool"]):
             answer: Any = connection.recv()
         except (EOFError, ConnectionResetError):
             self._lost(connection)
-        if isinstance(answer, OSError | DifferentIdsError):
+        if isinstance(answer, OSError | DifferentIdsError | UserError):
             raise answer
         if isinstance(answer, str):
             raise RuntimeError(f"a worker failed:\n{answer}")

@@ -5,19 +5,22 @@ A unit depends on its chunk and the tokenizer alone, and the data set on the uni
 same to the last byte for every number of workers and shards, and whatever was killed on the way.
 """
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from clm_dist.config import Config
 from clm_dist.data import tokenize
 from clm_dist.data.manifest import MANIFEST, Manifest, check_fits, key_of, options_of, read_manifest, source_name
-from clm_dist.data.prepared import identity_of, wanted_tokenizer
+from clm_dist.data.prepared import check_whole, identity_of, wanted_tokenizer
 from clm_dist.data.records import CHUNK_BYTES
 from clm_dist.data.source import open_sources
 from clm_dist.errors import RunError, UserError
@@ -43,10 +46,11 @@ def prepare(config: Config, shard: Shard | None = None, workers: int | None = No
     """
     shard = shard or Shard()
     target = Path(config.data.prepared_dir)
-    if not target.name:
+    if not target.name or os.path.ismount(target):
         raise UserError(
             f"data.prepared_dir={config.data.prepared_dir!r} is no name for a new folder; set e.g. prepared/demo"
         )
+    target = target.resolve() if target.is_symlink() else target  # a link is not renamed over, what it names is
     corpus = Corpus(config.data, open_sources(config.data))
     # before the data, which may be large: a wrong name is told before it is fetched
     tokenizer = None if config.data.tokenizer_vocab_size else tokenize.load_tokenizer_of(config)
@@ -54,6 +58,7 @@ def prepare(config: Config, shard: Shard | None = None, workers: int | None = No
     if (target / MANIFEST).exists():
         manifest = read_manifest(config.data.prepared_dir)
         check_fits(manifest, config, identity, wanted_tokenizer(config, manifest, tokenizer))
+        check_whole(manifest, target)
         print(f"already prepared, nothing to do: {target} holds just this")
         announce(manifest, target)
         return
@@ -66,7 +71,7 @@ def prepare(config: Config, shard: Shard | None = None, workers: int | None = No
     work = WorkFolder(target)
     with _told(target, work), _terminable(), work.held(shard):
         sha256 = None if tokenizer is None else tokenize.tokenizer_sha256(tokenizer)
-        work.use(work_key(config, identity, sha256))
+        work.use(work_key(config, identity, sha256), shard)
         if tokenizer is None:
             with work.alone("plan"):  # one process trains it, the others wait
                 tokenizer = trained_tokenizer(config.data, corpus, work)
@@ -78,7 +83,10 @@ def prepare(config: Config, shard: Shard | None = None, workers: int | None = No
         with work.alone("assemble"):
             if not (target / MANIFEST).exists():  # else another shard saw it first that all was there
                 sha256 = sha256 or tokenize.tokenizer_sha256(tokenizer)
-                _assemble(config, corpus, work, tokenizer, (identity, sha256))
+                try:
+                    _assemble(config, corpus, work, tokenizer, (identity, sha256))
+                finally:
+                    shutil.rmtree(work.result, ignore_errors=True)  # renamed, or of no use
         manifest = read_manifest(config.data.prepared_dir)
         work.remove()
     announce(manifest, target)
@@ -91,6 +99,7 @@ def work_key(config: Config, identity: Any, tokenizer_sha256: str | None) -> str
     """
     data = config.data
     parts: list[Any] = [CHUNK_BYTES, data.append_eos, data.on_error, data.deduplicate, data.split_seed]
+    parts += [version("pyarrow"), version("datasets")]  # whose batches decide where chunks of parquet and Hub data end
     if tokenizer_sha256 is None:
         parts += [data.tokenizer_vocab_size, identity, options_of(config)]
     else:
@@ -176,7 +185,7 @@ def announce(manifest: Manifest, target: Path) -> None:
         padding = f" - {c.padding} padding ({c.padding / max(1, c.tokens + c.padding):.2%})" if c.padding else ""
         print(
             f"{name:<6} {c.documents:,} documents, {c.tokens:,} tokens = {c.blocks:,} blocks x {block_size}{padding} + "
-            f"{c.remainder}"
+            f"{c.remainder} left over"
         )
     print(f"left out: {manifest.left_out}")
     print(f"prepared in {target} (tokenizer: {manifest.tokenizer}, {manifest.vocab_size:,} tokens, {manifest.dtype})")
@@ -188,14 +197,15 @@ def _told(target: Path, work: WorkFolder) -> Iterator[None]:
     try:
         yield
     except DamagedUnitError as error:
-        Path(str(error).split(": ")[0]).unlink(missing_ok=True)
+        error.path.unlink(missing_ok=True)
         raise RunError(f"{error}: damaged on the disk, and removed; the same command makes it again") from None
     except RunError as error:
         raise RunError(f"{error}; {work.kept()}") from None
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space or choose another place" if full else "choose another place"
         raise UserError(
-            f"cannot write data.prepared_dir={target}: {error.strerror or error}; free some space or choose another place; "
-            f"{work.kept()}"
+            f"cannot write data.prepared_dir={target}: {error.strerror or error}; {remedy}; {work.kept()}"
         ) from None
 
 

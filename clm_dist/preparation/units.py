@@ -38,7 +38,11 @@ class Unit:
 
 
 class DamagedUnitError(Exception):
-    """A unit that cannot be read back; the message is its path."""
+    """A unit that cannot be read back."""
+
+    def __init__(self, path: Path, reason: Exception) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
 
 
 class UnitFile:
@@ -52,8 +56,8 @@ class UnitFile:
         try:
             with np.load(self.path, allow_pickle=False) as arrays:
                 return [arrays[name] for name in names]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise DamagedUnitError(f"{self.path}: {error}") from None
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise DamagedUnitError(self.path, error) from None
 
     def notes(self) -> tuple[int, list[Bad]]:
         """How many documents were empty, and the bad records."""

@@ -80,7 +80,7 @@ class WorkFolder:
         """What is kept after a failure, for its message."""
         count = self._count()
         if not count:
-            return "nothing was finished before"
+            return "nothing of it is kept"
         return f"{count} finished chunks are kept in {self.folder}: the same command goes on from there"
 
     @contextmanager
@@ -95,7 +95,6 @@ class WorkFolder:
                 worth_keeping = FEW  # input that has to change: what takes seconds is not worth a folder that stays
                 raise
             finally:
-                shutil.rmtree(self.result, ignore_errors=True)
                 if self._count() < worth_keeping and self._is_ours():
                     self.remove()
 
@@ -105,19 +104,26 @@ class WorkFolder:
         with self._locked(name, wait=True):
             yield
 
-    def use(self, key: str) -> None:
+    def use(self, key: str, shard: Shard) -> None:
         """Takes over what an earlier prepare with the same settings left, and removes what one with others did.
 
         UserError where such a one is still at work.
         """
+        with self.alone("use"):
+            if self.key() not in (None, key):
+                if not self._is_ours():
+                    raise UserError(self._taken("with other settings"))
+                for folder in (self.units, self.tokenizer):
+                    shutil.rmtree(folder, ignore_errors=True)
+                self.units.mkdir()
+                if shard.count > 1:
+                    fcntl.flock(self._hold, fcntl.LOCK_SH)  # others may come again
+            write_text(self.folder / "key", key)
+
+    def key(self) -> str | None:
+        """Of which settings the units are."""
         note = self.folder / "key"
-        if note.exists() and note.read_text() != key:
-            if not self._is_ours():
-                raise UserError(self._taken("with other settings"))
-            for folder in (self.units, self.tokenizer):
-                shutil.rmtree(folder, ignore_errors=True)
-            self.units.mkdir()
-        write_text(note, key)
+        return note.read_text() if note.exists() else None
 
     def _count(self) -> int:
         return sum(1 for _ in self.units.glob("*.npz"))

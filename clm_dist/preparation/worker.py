@@ -14,6 +14,7 @@ import numpy as np
 
 from clm_dist.data.records import Bad, Chunk, texts_of
 from clm_dist.data.split import document_digest, document_key
+from clm_dist.errors import UserError
 from clm_dist.preparation.encode import Choice
 from clm_dist.preparation.encoders import DifferentIdsError, Encoder
 from clm_dist.preparation.units import Unit
@@ -64,9 +65,32 @@ def do(job: Job, number: int, task: Task, encoder: Encoder) -> Done:
             empty += 1
         else:
             texts.append(text)
-    unit = make_unit(texts, empty, bad, task, encoder)
+    try:
+        unit = make_unit(texts, empty, bad, task, encoder)
+    except (OSError, MemoryError, DifferentIdsError):
+        raise
+    except Exception:  # of a tokenizer that has no token for a sign, and none for what is unknown
+        refused = {number: error for number, text in enumerate(texts) if (error := _refusal(text, encoder)) is not None}
+        if not refused:
+            raise
+        bad += [Bad(f"a document that begins {texts[n][:40]!r}", str(error), texts[n]) for n, error in refused.items()]
+        if task.stop_on_error:
+            return Done(number, 0, 0, bad[0])
+        texts = [text for number, text in enumerate(texts) if number not in refused]
+        unit = make_unit(texts, empty, bad, task, encoder)
     unit.save(job.unit)
     return Done(number, len(unit.lengths), len(unit.ids))
+
+
+def _refusal(text: str, encoder: Encoder) -> str | None:
+    """Why the tokenizer does not take a text; None if it does."""
+    try:
+        encoder.encode([text])
+    except Exception as error:
+        return (
+            f"the tokenizer cannot encode it ({error}); take one with an unknown token or bytes, or data.on_error=skip"
+        )
+    return None
 
 
 def make_unit(texts: list[str], empty: int, bad: list[Bad], task: Task, encoder: Encoder) -> Unit:
@@ -102,9 +126,9 @@ def main() -> None:
             number, job = connection.recv()
             try:
                 connection.send(do(job, number, task, encoder))
-            except (OSError, DifferentIdsError) as error:  # a full disk, a file that went away
+            except (OSError, UserError, DifferentIdsError) as error:  # a full disk, a file that went away
                 connection.send(error)
             except Exception:
                 connection.send(traceback.format_exc())
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+    except (EOFError, OSError):  # the other end is gone, perhaps in the midst of a message
         os._exit(0)

@@ -26,7 +26,7 @@ class Evaluation:
     @property
     def loss(self) -> float:
         """Nats per token."""
-        return self.nll / self.tokens
+        return self.nll / max(1, self.tokens)
 
     @property
     def perplexity(self) -> float:
@@ -40,7 +40,7 @@ class Evaluation:
     @property
     def accuracy(self) -> float:
         """Share of tokens that were the likeliest by the model."""
-        return self.correct / self.tokens
+        return self.correct / max(1, self.tokens)
 
     def metrics(self) -> dict[str, float]:
         """The figures by their metric names."""
