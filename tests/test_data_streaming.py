@@ -3,11 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from conftest import recipe_values, run_command, write_recipe
 from desk import VOCABULARY, Desk, Prepared, documents, flat, held_out, make_tokenizer, words
 from local_hub import LocalHub
 from test_hub import DISPENSABLE
+
+from clm_dist.data.hub_source import HubPart
+from clm_dist.errors import RunError
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +84,30 @@ def test_a_stream_without_the_hub_is_one_message(streams):
     assert "data.source=some/one" in done.err
     assert "data.streaming=true" in done.err and "HF_HUB_OFFLINE=1 forbids that; unset one of them" in done.err
     assert not [path for path in streams.folder.iterdir() if "offline" in path.name]
+
+
+class Stream:
+    """Rows of a stream, which breaks at one of them."""
+
+    column_names = ("text",)
+
+    def __init__(self, breaks_at):
+        self.breaks_at = breaks_at
+
+    def with_format(self, _):
+        return self
+
+    def iter(self, batch_size):
+        for number in range(5):
+            if number == self.breaks_at:
+                raise ConnectionError("reset by peer")
+            yield pa.table({"text": [f"{number} " * 3_000_000]})  # a chunk each
+
+
+def test_a_stream_that_breaks_is_no_bad_record(tmp_path):
+    """It may be whole the next time: nothing may say that it ends there."""
+    chunks = HubPart("data", "key", "text", Stream(breaks_at=3)).chunks()
+    read = []
+    with pytest.raises(RunError, match=r"data cannot be read on at record 4 \(ConnectionError: reset by peer\)"):
+        read.extend(chunks)
+    assert len(list(HubPart("data", "key", "text", Stream(None)).chunks())) == 5

@@ -141,3 +141,25 @@ def test_a_record_larger_than_a_chunk(tmp_path, monkeypatch):
         for ending in ("", ".gz"):
             found, _ = in_chunks(tmp_path / f"{name}{ending}", 100, monkeypatch)
             assert found == [row["text"] for row in rows]
+
+
+def test_chunks_of_a_packed_file_end_by_its_contents(tmp_path, monkeypatch):
+    """Not by how much a reading gives, which differs between versions of Python: their units would not fit together."""
+    monkeypatch.setattr(files, "CHUNK_BYTES", 100)
+    draw = random.Random(0)
+    rows = [json.dumps({"text": "x" * draw.choice([1, 5, 40, 300])}) for _ in range(200)]
+    write(tmp_path / "a.jsonl.gz", "\n".join(rows))
+    found = []
+    for size in (1, 7, 64, 1000, 10**6):
+        with monkeypatch.context() as patch:
+            opened_as_ever = files._open
+
+            def reading(path, size=size, original=opened_as_ever):
+                file = original(path)
+                few, file.read1 = file.read1, lambda _: few(size)
+                return file
+
+            patch.setattr(files, "_open", reading)
+            found.append([(chunk.start, chunk.data) for chunk in files._packed_lines(tmp_path / "a.jsonl.gz")])
+    assert all(chunks == found[0] for chunks in found) and len(found[0]) > 10
+    assert b"".join(data for _, data in found[0]).decode() == "\n".join(rows)

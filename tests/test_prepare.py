@@ -254,3 +254,24 @@ def test_the_shipped_sample_is_elis_own_schema():
 def test_write_recipe_helper(tmp_path):
     """The recipes of these tests are recipes."""
     assert recipe.load(write_recipe(tmp_path / "r.yaml", recipe_values(tmp_path)), []).train.max_steps == 6
+
+
+def test_a_recipe_that_only_prepares(tiny):
+    """Without a model or how to train it."""
+    values = recipe_values(tiny)
+    del values["model"], values["train"]
+    done = run_command("prepare", write_recipe(tiny / "only.yaml", values))
+    assert done.code == 0, done.err
+
+
+def test_a_part_that_is_gone_is_not_already_prepared(tiny):
+    prepare(build(tiny))
+    [arrow] = (tiny / "prepared" / "train").glob("*.arrow")
+    whole = arrow.read_bytes()
+    arrow.write_bytes(whole[:-8])
+    for refuse in (prepare, open_prepared):
+        with pytest.raises(UserError, match=r"\.arrow has [\d,]+ bytes, [\d,]+ were written; copy it again"):
+            refuse(build(tiny))
+    arrow.unlink()
+    with pytest.raises(UserError, match=r"\.arrow is missing"):
+        prepare(build(tiny))

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, recipe_values, run_command, write_documents, write_recipe
 
-from clm_dist.preparation.work import Shard
+from clm_dist.errors import UserError
+from clm_dist.preparation.work import Shard, WorkFolder
 
 CLM_DIST = [sys.executable, "-m", "clm_dist"]
 
@@ -260,3 +261,14 @@ def test_units_serve_any_grouping(place, tmp_path):
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in units.items())
     assert end(second)[0] == 0
     assert contents(tmp_path / "set") == contents(place / "one")
+
+
+def test_who_leaves_takes_nothing_away_from_who_assembles(tmp_path):
+    """Mutant: a shard that removed `result` when it left took the data set from under another's hands."""
+    work = WorkFolder(tmp_path / "set")
+    with work.held(Shard(0, 2)):
+        (work.units / "some.npz").touch()
+        work.result.mkdir()
+        with pytest.raises(UserError, match="wrong"), WorkFolder(tmp_path / "set").held(Shard(1, 2)):
+            raise UserError("something is wrong")
+        assert work.result.exists() and (work.units / "some.npz").exists()

@@ -168,3 +168,44 @@ def test_a_misspelt_file_names_its_neighbour(tmp_path):
     write(tmp_path / "answers.jsonl", "{}")
     with pytest.raises(UserError, match=r"did you mean .*answers.jsonl\?"):
         opened(tmp_path / "answer.jsonl")
+
+
+def test_links_are_followed_and_hidden_files_are_no_data(tmp_path):
+    write(tmp_path / "elsewhere" / "b.txt", "linked")
+    write(tmp_path / "src" / "a.txt", "here")
+    write(tmp_path / "src" / ".c.txt", "hidden")
+    (tmp_path / "src" / "part").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "src")
+    assert sorted(texts(tmp_path / "src")) == ["here", "linked"]
+
+
+def test_a_word_in_one_name_does_not_silence_the_others(tmp_path):
+    write(tmp_path / "my-train-trip.txt", "one")
+    write(tmp_path / "a.txt", "two")
+    assert sorted(texts(tmp_path)) == ["one", "two"]
+    write(tmp_path / "named" / "train-1.txt", "one")
+    write(tmp_path / "named" / "validation-1.txt", "held out")
+    assert texts(tmp_path / "named") == ["one"]
+
+
+def test_packed_or_not_is_part_of_what_a_file_is(tmp_path):
+    write(tmp_path / "a.jsonl.gz", json.dumps(RECORDS[0]))
+    packed = (tmp_path / "a.jsonl.gz").read_bytes()
+    (tmp_path / "b.jsonl").write_bytes(packed)
+    assert opened(tmp_path / "a.jsonl.gz").identity() != opened(tmp_path / "b.jsonl").identity()
+
+
+def test_a_file_that_changes_is_noticed(tmp_path):
+    [part] = opened(write(tmp_path / "a.jsonl", "{}")).parts("train")
+    part.check_unchanged()
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write("{}")
+    with pytest.raises(UserError, match="changed while it was read"):
+        part.check_unchanged()
+
+
+def test_a_target_inside_its_source_is_refused(tmp_path):
+    write(tmp_path / "a.txt", "text")
+    data = DataConfig(source=str(tmp_path), prepared_dir=str(tmp_path / "sub" / "set"), eval_fraction=0)
+    with pytest.raises(UserError, match=r"lies in data.source=.*choose another place"):
+        open_source(data, data.entries()[0])

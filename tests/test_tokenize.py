@@ -47,3 +47,10 @@ def test_the_smallest_type_that_holds_the_vocabulary():
 def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match="cannot load a tokenizer from"):
         load_tokenizer(str(tmp_path))
+
+
+def test_whether_special_tokens_are_split_is_part_of_the_identity(bpe, tmp_path):
+    save_tokenizer(bpe, tmp_path / "one")
+    other = load_tokenizer(str(tmp_path / "one"))
+    other.split_special_tokens = True
+    assert tokenizer_sha256(other) != tokenizer_sha256(bpe)
