@@ -44,7 +44,7 @@ class LocalFile:
 
     @property
     def bytes(self) -> int:
-        """Size on disk, for progress."""
+        """Size on disk."""
         return self.stamp[0]
 
     def check_unchanged(self) -> None:

@@ -55,7 +55,7 @@ class HubPart:
     key: str
     column: str
     data: Any = field(repr=False)
-    bytes: int = 0
+    bytes: None = None
 
     def num_chunks(self) -> None:
         """Only reading tells."""

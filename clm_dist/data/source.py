@@ -33,8 +33,8 @@ class Part(Protocol):
         ...
 
     @property
-    def bytes(self) -> int:
-        """Size where it is known, for progress; 0 where not."""
+    def bytes(self) -> int | None:
+        """Size on disk; None where it comes from elsewhere."""
         ...
 
     def num_chunks(self) -> int | None:

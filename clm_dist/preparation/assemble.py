@@ -65,7 +65,7 @@ class Assembly:
             blocks=writer.blocks,
             remainder=remainder,
             padding=writer.padding,
-            cut_documents=tally.cut,
+            cut_documents=tally.cut if self.config.packing == "best_fit" else 0,
             shares=shares,
         )
         check_conservation(folder, split, counted, self.config)

@@ -71,7 +71,7 @@ class Corpus:
 
         Of the first files only: a folder may have a hundred thousand, and a stream has to be asked for.
         """
-        for place in [place for place in self.places if place.part.bytes][:FILES_CHECKED]:
+        for place in [place for place in self.places if place.part.bytes is not None][:FILES_CHECKED]:
             chunk = next(place.part.chunks(), None)
             first = next(texts_of(chunk, place.column, self.config.text_separator), "") if chunk is not None else ""
             if isinstance(first, Bad):

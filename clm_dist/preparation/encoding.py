@@ -52,7 +52,7 @@ class Progress:
 def encode(corpus: Corpus, work: WorkFolder, task: Task, shard: Shard, workers: int | None) -> Progress:
     """Makes this shard's missing units; returns what is then there of all. UserError for the first bad record."""
     sizes = [place.part.bytes for place in corpus.places]
-    small = all(sizes) and sum(sizes) < SMALL
+    small = None not in sizes and sum(filter(None, sizes)) < SMALL
     workers = 0 if small else workers or default_workers()
     before, total = _of_shard(corpus, work, shard)
     if before:

@@ -79,8 +79,8 @@ def _split(manifest: Manifest, folder: str, split: str) -> list[str]:
     for source, share in zip(manifest.source.split(" + "), c.shares, strict=False):
         part = share["tokens"] / max(1, c.tokens)
         lines.append(
-            f"  {source} (weight {share['weight']:g}): {share['documents']:,} documents, {share['tokens']:,} tokens ({part:.2%}), "
-            f"{share['passes']} whole passes, {share['unused']:,} documents unused"
+            f"  {source} (weight {share['weight']:g}): {share['documents']:,} documents, {share['tokens']:,} tokens "
+            f"({part:.2%}), {share['passes']} whole passes, {share['unused']:,} documents unused"
         )
     lines += ["  tokens of a document (as far as it stands in blocks):", *histogram(_lengths(folder, split))]
     return lines
