@@ -183,6 +183,7 @@ def test_a_word_in_one_name_does_not_silence_the_others(tmp_path):
     write(tmp_path / "my-train-trip.txt", "one")
     write(tmp_path / "a.txt", "two")
     assert sorted(texts(tmp_path)) == ["one", "two"]
+    assert texts(write(tmp_path / "eli5-category-test.txt", "three")) == ["three"]  # a file that was asked for
     write(tmp_path / "named" / "train-1.txt", "one")
     write(tmp_path / "named" / "validation-1.txt", "held out")
     assert texts(tmp_path / "named") == ["one"]

@@ -153,8 +153,9 @@ def _of_split(files: list[Path], split: str, config: DataConfig, names: Iterable
     """The files of a split: all of them, or where splits are named those with the split's name in theirs."""
     words = {path: set(path.name.split(".")[0].replace("_", "-").split("-")) for path in files}
     named = [path for path in files if split in words[path]]
-    if config.eval_split is None and config.train_split == "train" and not all(map(SPLITS.__and__, words.values())):
-        return files  # not all are called after splits: all of them are text to train on
+    called_after_splits = all(words[path] & SPLITS for path in files)
+    if config.eval_split is None and config.train_split == "train" and not (named and called_after_splits):
+        return files  # none is for training by its name, or some are called otherwise: all of them are text to train on
     if named:
         return named
     found = ", ".join(p.name for p in files[:10])
