@@ -107,7 +107,7 @@ def test_documents_of_nothing_of_white_space_and_of_no_tokens(desk):
     assert found.words() == expected[:104]
     assert np.load(found.folder / "train" / "documents.npy").tolist() == [0, 4, 6]  # the last lies in the remainder
     counts = found.manifest.splits["train"]
-    assert (counts.tokens, counts.blocks, counts.remainder, counts.cut_documents) == (110, 13, 6, 1)
+    assert (counts.tokens, counts.blocks, counts.remainder, counts.cut_documents) == (110, 13, 6, 0)
 
 
 # Broken records
