@@ -127,8 +127,7 @@ def _undamaged(folder: str) -> Iterator[None]:
         raise  # of who reads what we print
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{folder} is damaged ({type(error).__name__}: {error}); `clm-dist data verify` names the file; copy it again, "
-            "or remove the folder and prepare again"
+            f"{folder} is damaged ({type(error).__name__}: {error}); copy it again, or remove the folder and prepare again"
         ) from None
 
 

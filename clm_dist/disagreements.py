@@ -1,68 +1,76 @@
 """What fields of the tree can be wrong about together. Pure."""
 
+from collections.abc import Iterator
+
 from clm_dist.config import Config
 
 
 def disagreements(config: Config) -> list[str]:
     """Problems between fields, each with its remedy; empty when the tree makes sense as a whole."""
-    data, model, optim, train = config.data, config.model, config.optim, config.train
-    problems = []
+    return [*_about_the_model(config), *_about_data(config), *_about_training(config)]
+
+
+def _about_the_model(config: Config) -> Iterator[str]:
+    model = config.model
     if (model.name is None) == (model.type is None):
         given = f"model.name={model.name} and model.type={model.type} are given"
-        problems.append(f"{given}; set one of them: a name to load, or a type to build from scratch")
+        yield f"{given}; set one of them: a name to load, or a type to build from scratch"
     if model.from_scratch and model.name is None:
-        problems.append(
-            "model.from_scratch=true needs model.name; model.type is always built from scratch: leave it out"
-        )
+        yield ("model.from_scratch=true needs model.name; model.type is always built from scratch: leave it out")
+
+
+def _about_data(config: Config) -> Iterator[str]:
+    data = config.data
     if data.source is None and not data.mixture:
-        problems.append("data.source is missing; set it to files or a Hub id, or data.mixture to several with weights")
+        yield "data.source is missing; set it to files or a Hub id, or data.mixture to several with weights"
     if data.source is not None and data.mixture:
-        problems.append(
+        yield (
             f"data.source={data.source} and a data.mixture of {len(data.mixture)} sources are given; set one of them"
         )
     if data.mixture and (data.config_name, data.revision) != (None, None):
-        problems.append(
+        yield (
             f"data.config_name={data.config_name} and data.revision={data.revision} are of a single source; with a mixture "
             "set them in its entries"
         )
     shortest, longest = data.min_document_tokens, data.max_document_tokens
     if shortest is not None and longest is not None and shortest > longest:
-        problems.append(
+        yield (
             f"data.min_document_tokens={shortest} exceeds data.max_document_tokens={longest}: no document would be left; "
             "change one of them"
         )
     if data.tokenizer is not None and data.tokenizer_vocab_size is not None:
-        problems.append(
+        yield (
             f"data.tokenizer={data.tokenizer} would be loaded and data.tokenizer_vocab_size="
             f"{data.tokenizer_vocab_size} trained; set one of them"
         )
-    if data.tokenizer is None and data.tokenizer_vocab_size is None and model.name is None:
-        problems.append(
-            "no tokenizer: set data.tokenizer (a folder or Hub id) or data.tokenizer_vocab_size (to train one)"
-        )
+    if data.tokenizer is None and data.tokenizer_vocab_size is None and config.model.name is None:
+        yield ("no tokenizer: set data.tokenizer (a folder or Hub id) or data.tokenizer_vocab_size (to train one)")
     if (data.eval_split is None) == (data.eval_fraction is None):
         given = f"data.eval_split={data.eval_split} and data.eval_fraction={data.eval_fraction} are given"
-        problems.append(f"{given}; set one of them (eval_fraction=0.2 as the guide, 0 for no evaluation)")
+        yield f"{given}; set one of them (eval_fraction=0.2 as the guide, 0 for no evaluation)"
     if data.eval_split is not None and data.eval_split == data.train_split:
-        problems.append(f"data.eval_split={data.eval_split} is also data.train_split; evaluate on other text")
+        yield f"data.eval_split={data.eval_split} is also data.train_split; evaluate on other text"
+
+
+def _about_training(config: Config) -> Iterator[str]:
+    train, optim = config.train, config.optim
     if (train.epochs is None) == (train.max_steps is None):
-        problems.append(f"train.epochs={train.epochs} and train.max_steps={train.max_steps} are given; set one of them")
+        yield f"train.epochs={train.epochs} and train.max_steps={train.max_steps} are given; set one of them"
     if train.micro_batch_size is not None and train.global_batch_size % train.micro_batch_size:
-        problems.append(
+        yield (
             f"train.global_batch_size={train.global_batch_size} is not divisible by train.micro_batch_size="
             f"{train.micro_batch_size}; set a micro_batch_size among {divisors(train.global_batch_size)}"
         )
     if (optim.decay_steps is not None) != (optim.schedule == "wsd"):
-        problems.append(
+        yield (
             f"optim.schedule={optim.schedule} with optim.decay_steps={optim.decay_steps}: decay_steps is for wsd, "
             "which needs it; change one of them"
         )
     if train.max_steps is not None and optim.warmup_steps + (optim.decay_steps or 0) > train.max_steps:
-        problems.append(
+        yield (
             f"optim.warmup_steps={optim.warmup_steps} and decay_steps={optim.decay_steps or 0} do not fit into "
             f"train.max_steps={train.max_steps}; shorten them"
         )
-    return problems
 
 
 def divisors(number: int) -> str:

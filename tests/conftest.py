@@ -166,6 +166,22 @@ def tiny(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """A folder with a tokenizer whose tokens are words."""
+    from desk import VOCABULARY, make_tokenizer
+
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizers") / "words", VOCABULARY)
+
+
+@pytest.fixture
+def desk(tmp_path, tokenizer):
+    """A folder in which documents of these words are written and prepared."""
+    from desk import Desk
+
+    return Desk(tmp_path, tokenizer)
+
+
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A folder with a prepared set and a finished one-process run; read only."""
     folder = tmp_path_factory.mktemp("trained")

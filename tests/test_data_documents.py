@@ -10,19 +10,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from desk import END, VOCABULARY, Desk, Prepared, by_contents, documents, flat, make_tokenizer, of_source, words
+from desk import END, VOCABULARY, Prepared, by_contents, documents, flat, make_tokenizer, of_source, words
 
 from clm_dist.data import files, records
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizers") / "words", VOCABULARY)
-
-
-@pytest.fixture
-def desk(tmp_path, tokenizer):
-    return Desk(tmp_path, tokenizer)
 
 
 def test_copies_within_a_file_across_files_and_across_sources(desk):
@@ -111,6 +101,28 @@ def test_documents_of_nothing_of_white_space_and_of_no_tokens(desk):
 
 
 # Broken records
+
+
+def test_no_document_at_all_is_told_before_copies_are_looked_for(desk):
+    needle = r"split train of .* holds no text in column text \(0 empty documents\)"
+    desk.refused(desk.write("a.jsonl", []), needle, deduplicate=True)
+
+
+def test_a_text_that_the_tokenizer_does_not_take_is_a_bad_record(desk):
+    """A vocabulary of words without an unknown one: what it cannot encode has its place like any other fault."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words_only = Tokenizer(models.WordLevel({"<eos>": 0, "a1": 1, "a2": 2}))
+    words_only.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words_only, eos_token="<eos>").save_pretrained(desk.folder / "strict")
+    source = desk.write("a.jsonl", ["a1 a2"] * 4 + ["a1 stranger"] + ["a2"] * 4)
+    strict = {"tokenizer": str(desk.folder / "strict"), "block_size": 2}
+    needle = r"a\.jsonl, line 5, byte 72: the tokenizer cannot encode it \(.*\); take one that knows all bytes"
+    desk.refused(source, needle, **strict)
+    found = desk.prepare(source, on_error="skip", **strict)
+    assert (found.manifest.left_out.bad, found.manifest.splits["train"].documents) == (1, 8)
+    assert found.manifest.splits["train"].tokens == 4 * 3 + 4 * 2
 
 
 def test_skipped_records_are_counted_and_written_aside(desk):

@@ -8,20 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from desk import END, VOCABULARY, Desk, by_contents, documents, flat, held_out, make_tokenizer, of_source, words
+from desk import END, by_contents, documents, flat, held_out, of_source, words
 from test_mixture import slow_mixture
 
 from clm_dist.errors import ConfigError
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizers") / "words", VOCABULARY)
-
-
-@pytest.fixture
-def desk(tmp_path, tokenizer):
-    return Desk(tmp_path, tokenizer)
 
 
 def test_however_files_are_named_it_is_one_data_set(desk, monkeypatch):

@@ -6,17 +6,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from conftest import recipe_values, run_command, write_recipe
-from desk import VOCABULARY, Desk, Prepared, documents, flat, held_out, make_tokenizer, words
+from desk import Desk, Prepared, documents, flat, held_out, words
 from local_hub import LocalHub
 from test_hub import DISPENSABLE
 
 from clm_dist.data.hub_source import HubPart
 from clm_dist.errors import RunError
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizers") / "words", VOCABULARY)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The fastest encoder: the same ids, and stopped when they are not; encoders asked for by name."""
 
 import pickle
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -41,6 +42,13 @@ def test_a_fastokens_that_errs_is_stopped(monkeypatch):
     assert choose(tokenizer, TEXTS).name == "tiktoken"
     with pytest.raises(UserError, match=r"--encoder fastokens cannot be used, because it is not installed"):
         choose(tokenizer, TEXTS, "fastokens")
+
+
+def test_a_fastokens_that_gives_up_is_not_the_fault_of_a_text(monkeypatch):
+    tokenizer = wrapped(FAMILIES["gpt2"][0]())
+    encoder = choose(tokenizer, TEXTS).build()
+    monkeypatch.setattr(encoder, "_fastokens", Mock(encode_batch_flat=Mock(side_effect=RuntimeError("match limit"))))
+    assert_same(tokenizer, encoder, TEXTS)
 
 
 def test_what_cannot_be_had_is_refused_by_name():

@@ -27,9 +27,7 @@ class SplitCounts:
     bytes: int  # UTF-8 bytes of the documents
     tokens: int  # end-of-text included
     blocks: int
-    remainder: (
-        int  # tokens at the end that fill no block: fewer than block_size, or than that in each independent shard
-    )
+    remainder: int  # tokens at the end (of each independent shard) that fill no block: fewer than block_size
     padding: int  # tokens that fill up blocks behind whole documents (data.packing=best_fit)
     cut_documents: int  # with best_fit: those longer than a block, the only ones that are cut
     shares: list[dict[str, Any]]  # by source of a mixture: weight, documents, tokens, passes

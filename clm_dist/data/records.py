@@ -9,7 +9,7 @@ import gzip
 import json
 import zlib
 from codecs import BOM_UTF8
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -170,14 +170,19 @@ def _received_tables(name: str, messages: bytes, first: int) -> Tables:
 Chunk = Lines | Values | Tables
 
 
-def texts_of(chunk: Chunk, column: str, separator: str) -> Iterator[str | Bad]:
-    """The text of each record of a chunk, or why there is none."""
+def texts_of(
+    chunk: Chunk, column: str, separator: str, refuse: Callable[[str], None] | None = None
+) -> Iterator[str | Bad]:
+    """The text of each record of a chunk, or why there is none. refuse: raises BadRecordError for a text of no use."""
     for place, record in chunk.records():
         if isinstance(record, Bad):
             yield record
             continue
         try:
-            yield text_of(record, column, separator)
+            text = text_of(record, column, separator)
+            if refuse is not None:
+                refuse(text)
+            yield text
         except BadRecordError as error:
             yield chunk.bad(place, record, str(error))
 

@@ -166,7 +166,10 @@ def _of_split(files: list[Path], split: str, config: DataConfig, names: Iterable
 
 
 def _hashed(paths: list[Path], entry: MixtureEntry) -> list[LocalFile]:
-    files = [LocalFile(path, _sha256(path), str(entry.text_column), stamp_of(path)) for path in paths]
+    stamps = [stamp_of(path) for path in paths]  # before they are hashed: what changes from then on is noticed
+    files = [
+        LocalFile(path, _sha256(path), str(entry.text_column), stamp) for path, stamp in zip(paths, stamps, strict=True)
+    ]
     return sorted(files, key=lambda file: file.key)
 
 

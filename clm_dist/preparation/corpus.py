@@ -5,16 +5,18 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 from clm_dist.config import DataConfig
 from clm_dist.data.records import Bad, texts_of
 from clm_dist.data.source import Part, Source
 from clm_dist.errors import UserError
-from clm_dist.preparation.selection import Selection, Stretch
+from clm_dist.preparation.selection import Stretch
 from clm_dist.preparation.units import UnitFile
 from clm_dist.preparation.work import WorkFolder
 
 FILES_CHECKED = 64
+CHUNKS_SAMPLED = 16
 
 
 @dataclass(frozen=True)
@@ -78,16 +80,19 @@ class Corpus:
                 raise first.error()
 
     def sample(self, characters: int) -> list[str]:
-        """The first documents of the text, up to so many characters; bad records are the workers' to tell."""
+        """The first documents of the text, up to so many characters; bad records are the workers' to tell.
+
+        Of a few chunks: where they hold no text at all, what follows is not read only to find some.
+        """
         found: list[str] = []
-        for place in self.places:
-            for chunk in place.part.chunks():
-                for text in texts_of(chunk, place.column, self.config.text_separator):
-                    if isinstance(text, str):
-                        found.append(text[:characters])
-                        characters -= len(text)
-                    if characters <= 0:
-                        return found
+        chunks = ((place, chunk) for place in self.places for chunk in place.part.chunks())
+        for place, chunk in islice(chunks, CHUNKS_SAMPLED):
+            for text in texts_of(chunk, place.column, self.config.text_separator):
+                if isinstance(text, str):
+                    found.append(text[:characters])
+                    characters -= len(text)
+                if characters <= 0:
+                    return found
         return found
 
     def stretches(self, work: WorkFolder) -> list[Stretch]:
@@ -101,28 +106,16 @@ class Corpus:
             found.append(Stretch(source, split, tuple(units)))
         return found
 
-    def check_text(self, stretches: Sequence[Stretch], selection: Selection) -> None:
-        """UserError where a split has no text at all, or nothing can be held out."""
-        config = self.config
-        documents = dict.fromkeys((stretch.split for stretch in stretches), 0)
-        empty, bad = dict(documents), dict(documents)
+    def check_text(self, stretches: Sequence[Stretch]) -> None:
+        """UserError where a split of a source has no text at all."""
         for stretch in stretches:
-            entry = config.entries()[stretch.source]
-            before = documents[stretch.split]
-            for unit in stretch.units:
-                documents[stretch.split] += len(unit.read("lengths")[0])
-                empty_here, bad_here = unit.notes()
-                empty[stretch.split] += empty_here
-                bad[stretch.split] += len(bad_here)
-            if documents[stretch.split] == before:
-                and_bad = f", {bad[stretch.split]} bad records" if bad[stretch.split] else ""
+            entry = self.config.entries()[stretch.source]
+            documents = sum(len(unit.read("lengths")[0]) for unit in stretch.units)
+            if not documents:
+                notes = [unit.notes() for unit in stretch.units]
+                empty, bad = sum(empty for empty, _ in notes), sum(len(bad) for _, bad in notes)
+                and_bad = f", {bad} bad records" if bad else ""
                 raise UserError(
                     f"split {stretch.split} of data.source={entry.source} holds no text in column {entry.text_column} "
-                    f"({empty[stretch.split]} empty documents{and_bad}); check data.source, the split and data.text_column"
+                    f"({empty} empty documents{and_bad}); check data.source, the split and data.text_column"
                 )
-        if config.eval_fraction and not selection.bound:
-            raise UserError(
-                f"data.eval_fraction={config.eval_fraction} holds out none of {documents[config.train_split]} documents "
-                "with one and the same text; give more text, set data.eval_fraction=0 for no evaluation, or name a "
-                "data.eval_split"
-            )

@@ -162,7 +162,10 @@ class FastokensEncoder(TiktokenEncoder):
         return ids, lengths
 
     def _unchecked(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids, offsets = self._fastokens.encode_batch_flat(list(texts), add_special_tokens=False)
+        try:
+            ids, offsets = self._fastokens.encode_batch_flat(list(texts), add_special_tokens=False)
+        except Exception as error:  # as tiktoken does where its regular expressions give up: for `tokenizers`
+            raise ValueError(str(error)) from None
         lengths = np.diff(np.frombuffer(offsets, dtype=np.uint64)).astype(np.int64)
         return np.frombuffer(ids, dtype=np.uint32).astype(self.exact.dtype), lengths
 

@@ -13,9 +13,7 @@ import numpy as np
 
 from clm_dist.data.blocks import BLOCKS_PER_BATCH
 
-WINDOW_TOKENS = (
-    2**22
-)  # what best_fit looks at together: some 50 MB for documents of 30 tokens and more, what it costs stands there
+WINDOW_TOKENS = 2**22  # what best_fit looks at together: some 50 MB for documents of 30 tokens and more
 WINDOW_BLOCKS = 256  # at least, for long blocks
 
 

@@ -69,9 +69,8 @@ def prepare(config: Config, shard: Shard | None = None, workers: int | None = No
     if config.data.on_error == "stop":
         corpus.check_first_records()
     work = WorkFolder(target)
-    with _told(target, work), _terminable(), work.held(shard):
-        sha256 = None if tokenizer is None else tokenize.tokenizer_sha256(tokenizer)
-        work.use(work_key(config, identity, sha256), shard)
+    sha256 = None if tokenizer is None else tokenize.tokenizer_sha256(tokenizer)
+    with _told(target, work), _terminable(), work.held(shard, work_key(config, identity, sha256)):
         if tokenizer is None:
             with work.alone("plan"):  # one process trains it, the others wait
                 tokenizer = trained_tokenizer(config.data, corpus, work)
@@ -143,9 +142,10 @@ def _assemble(config: Config, corpus: Corpus, work: WorkFolder, tokenizer: Any, 
     folder.mkdir()
     stretches = corpus.stretches(work)
     units = [unit for stretch in stretches for unit in stretch.units]
+    corpus.check_text(stretches)
     copies = work.folder / "copies" if data.deduplicate else None
     selection = Selection(data, stretches, int(data.append_eos), copies)
-    corpus.check_text(stretches, selection)
+    selection.check_held_out(stretches)
     vocab_size = tokenize.vocab_size(tokenizer)
     dtype = tokenize.ids_dtype(vocab_size)
     padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)

@@ -13,6 +13,7 @@ import numpy as np
 from clm_dist.config import DataConfig
 from clm_dist.data.manifest import LeftOut, SplitCounts
 from clm_dist.data.split import held_out_below
+from clm_dist.errors import UserError
 from clm_dist.preparation.packing import Documents
 from clm_dist.preparation.units import UnitFile
 
@@ -46,6 +47,15 @@ class Selection:
             self.bound = held_out_below(partial(_keys, trained_on), config.eval_fraction)
         self._first: dict[UnitFile, int] = {}  # number of a unit's first document; a file given twice is there twice
         self._copies = None if copies is None else self._find_copies(stretches, copies)
+
+    def check_held_out(self, stretches: Sequence[Stretch]) -> None:
+        """UserError where some documents were to be held out and none can be."""
+        if self.config.eval_fraction and not self.bound:
+            documents = sum(len(keys) for stretch in stretches for keys in _keys(stretch.units))
+            raise UserError(
+                f"data.eval_fraction={self.config.eval_fraction} holds out none of {documents} documents with one and the "
+                "same text; give more text, set data.eval_fraction=0 for no evaluation, or name a data.eval_split"
+            )
 
     def documents(self, unit: UnitFile, split: str) -> Documents:
         """Those documents of a unit that belong to our split `train` or `eval`."""

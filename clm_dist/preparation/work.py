@@ -9,7 +9,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -84,10 +84,16 @@ class WorkFolder:
         return f"{count} finished chunks are kept in {self.folder}: the same command goes on from there"
 
     @contextmanager
-    def held(self, shard: Shard) -> Iterator[None]:
-        """Holds the folder for this process: alone for the whole work, or this one shard. UserError where it is taken."""
-        with self._locked("all", shared=shard.count > 1) as self._hold, self._locked(f"{shard.index}-of-{shard.count}"):
-            self.units.mkdir(exist_ok=True)
+    def held(self, shard: Shard, key: str) -> Iterator[None]:
+        """Holds the folder for this process: alone for the whole work, or this one shard. UserError where it is taken.
+
+        key: of the settings. What an earlier prepare with the same left is taken over, what one with others did removed.
+        """
+        with (
+            self._locked("all", shared=shard.count > 1) as self._hold,
+            self._locked(f"{shard.index}-of-{shard.count}"),
+            self._taken_over(key),
+        ):
             worth_keeping = 1
             try:
                 yield
@@ -104,21 +110,19 @@ class WorkFolder:
         with self._locked(name, wait=True):
             yield
 
-    def use(self, key: str, shard: Shard) -> None:
-        """Takes over what an earlier prepare with the same settings left, and removes what one with others did.
-
-        UserError where such a one is still at work.
-        """
-        with self.alone("use"):
-            if self.key() not in (None, key):
-                if not self._is_ours():
-                    raise UserError(self._taken("with other settings"))
-                for folder in (self.units, self.tokenizer):
-                    shutil.rmtree(folder, ignore_errors=True)
-                self.units.mkdir()
-                if shard.count > 1:
-                    fcntl.flock(self._hold, fcntl.LOCK_SH)  # others may come again
-            write_text(self.folder / "key", key)
+    @contextmanager
+    def _taken_over(self, key: str) -> Iterator[None]:
+        """Every process holds a lock of its settings, so that one with others knows whether any is still at work."""
+        with ExitStack() as held:
+            with self.alone("take-over"):
+                if self.key() not in (None, key):
+                    with self._locked(f"settings-{self.key()}", why="with other settings"):
+                        for folder in (self.units, self.tokenizer):
+                            shutil.rmtree(folder, ignore_errors=True)
+                self.units.mkdir(exist_ok=True)
+                write_text(self.folder / "key", key)
+                held.enter_context(self._locked(f"settings-{key}", shared=True))
+            yield
 
     def key(self) -> str | None:
         """Of which settings the units are."""
@@ -157,8 +161,8 @@ class WorkFolder:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @contextmanager
-    def _locked(self, name: str, shared: bool = False, wait: bool = False) -> Iterator[TextIO]:
-        """flock: the system lets go of it when the process ends, in whatever way."""
+    def _locked(self, name: str, shared: bool = False, wait: bool = False, why: str = "") -> Iterator[TextIO]:
+        """flock: the system lets go of it when the process ends, in whatever way. UserError where it is taken."""
         mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +171,7 @@ class WorkFolder:
                 try:
                     fcntl.flock(file, mode)
                 except BlockingIOError:
-                    raise UserError(self._taken()) from None
+                    raise UserError(self._taken(why)) from None
                 except OSError as error:
                     if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                         raise
@@ -181,7 +185,7 @@ class WorkFolder:
                 yield file
                 return
 
-    def _taken(self, how: str = "") -> str:
+    def _taken(self, how: str) -> str:
         who = "; ".join(self.at_work()) or "another process"
         return (
             f"data.prepared_dir={self.target} is being prepared{how and ' ' + how} ({who}); wait for it, or share the work "

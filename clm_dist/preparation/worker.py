@@ -4,15 +4,16 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clm_dist.data.records import Bad, Chunk, texts_of
+from clm_dist.data.records import Bad, BadRecordError, Chunk, texts_of
 from clm_dist.data.split import document_digest, document_key
 from clm_dist.errors import UserError
 from clm_dist.preparation.encode import Choice
@@ -46,51 +47,48 @@ class Done:
     """What is told about a job that was done. Where `bad` stands no unit was left."""
 
     job_number: int
-    documents: int
     tokens: int
     bad: Bad | None = None
 
 
 def do(job: Job, number: int, task: Task, encoder: Encoder) -> Done:
     """Chunk to unit."""
+    try:
+        return _done(job, number, task, encoder, None)
+    except (OSError, MemoryError, UserError, DifferentIdsError):
+        raise
+    except Exception:  # of a tokenizer with no token for a sign, and none for what is unknown: look at each text alone
+        return _done(job, number, task, encoder, partial(_refuse, encoder))
+
+
+def _done(job: Job, number: int, task: Task, encoder: Encoder, refuse: Callable[[str], None] | None) -> Done:
     texts: list[str] = []
     bad: list[Bad] = []
     empty = 0
-    for text in texts_of(job.chunk, job.column, task.separator):
+    for text in texts_of(job.chunk, job.column, task.separator, refuse):
         if isinstance(text, Bad):
             if task.stop_on_error:
-                return Done(number, 0, 0, text)
+                return Done(number, 0, text)
             bad.append(text)
         elif not text or text.isspace():
             empty += 1
         else:
             texts.append(text)
-    try:
-        unit = make_unit(texts, empty, bad, task, encoder)
-    except (OSError, MemoryError, DifferentIdsError):
-        raise
-    except Exception:  # of a tokenizer that has no token for a sign, and none for what is unknown
-        refused = {number: error for number, text in enumerate(texts) if (error := _refusal(text, encoder)) is not None}
-        if not refused:
-            raise
-        bad += [Bad(f"a document that begins {texts[n][:40]!r}", str(error), texts[n]) for n, error in refused.items()]
-        if task.stop_on_error:
-            return Done(number, 0, 0, bad[0])
-        texts = [text for number, text in enumerate(texts) if number not in refused]
-        unit = make_unit(texts, empty, bad, task, encoder)
+    unit = make_unit(texts, empty, bad, task, encoder)
     unit.save(job.unit)
-    return Done(number, len(unit.lengths), len(unit.ids))
+    return Done(number, len(unit.ids))
 
 
-def _refusal(text: str, encoder: Encoder) -> str | None:
-    """Why the tokenizer does not take a text; None if it does."""
+def _refuse(encoder: Encoder, text: str) -> None:
+    """BadRecordError where the tokenizer does not take a text."""
     try:
         encoder.encode([text])
+    except DifferentIdsError:
+        raise
     except Exception as error:
-        return (
-            f"the tokenizer cannot encode it ({error}); take one with an unknown token or bytes, or data.on_error=skip"
-        )
-    return None
+        raise BadRecordError(
+            f"the tokenizer cannot encode it ({error}); take one that knows all bytes or an unknown token, or remove it"
+        ) from None
 
 
 def make_unit(texts: list[str], empty: int, bad: list[Bad], task: Task, encoder: Encoder) -> Unit:
