@@ -251,6 +251,18 @@ def test_work_with_other_settings_is_not_taken_over(place, tmp_path):
     assert contents(tmp_path / "set") == contents(place / "one")
 
 
+def test_shards_that_start_together_take_over_what_others_left(place, tmp_path):
+    """As a job array does after a setting was changed: none of them stands in the others' way."""
+    left = begin(place, tmp_path / "set", "--shard", "0/2", "data.append_eos=false", "--workers", "1")
+    until_units(tmp_path / "set", 1, left)
+    left.kill()
+    end(left)
+    shards = [begin(place, tmp_path / "set", "--shard", f"{index}/3", "--workers", "1") for index in range(3)]
+    for code, _, err in map(end, shards):
+        assert code == 0, err
+    assert contents(tmp_path / "set") == contents(place / "one")
+
+
 @pytest.mark.slow
 def test_units_serve_any_grouping(place, tmp_path):
     """Tokenising is the long part: another block size or held-out share does not do it again."""
@@ -266,9 +278,9 @@ def test_units_serve_any_grouping(place, tmp_path):
 def test_who_leaves_takes_nothing_away_from_who_assembles(tmp_path):
     """Mutant: a shard that removed `result` when it left took the data set from under another's hands."""
     work = WorkFolder(tmp_path / "set")
-    with work.held(Shard(0, 2)):
+    with work.held(Shard(0, 2), "key"):
         (work.units / "some.npz").touch()
         work.result.mkdir()
-        with pytest.raises(UserError, match="wrong"), WorkFolder(tmp_path / "set").held(Shard(1, 2)):
+        with pytest.raises(UserError, match="wrong"), WorkFolder(tmp_path / "set").held(Shard(1, 2), "key"):
             raise UserError("something is wrong")
         assert work.result.exists() and (work.units / "some.npz").exists()

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clm_dist.config import DataConfig
+from clm_dist.data import source as source_module
 from clm_dist.data.records import Bad, BadRecordError, columns_of, text_of, texts_of
 from clm_dist.data.source import open_source
 from clm_dist.errors import UserError
@@ -201,6 +202,21 @@ def test_a_file_that_changes_is_noticed(tmp_path):
     part.check_unchanged()
     with (tmp_path / "a.jsonl").open("a") as file:
         file.write("{}")
+    with pytest.raises(UserError, match="changed while it was read"):
+        part.check_unchanged()
+
+
+def test_a_file_that_changes_while_it_is_hashed_is_noticed(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", "{}")
+    original = source_module._sha256
+
+    def slowly(one):
+        digest = original(one)
+        path.write_text("{}{}")
+        return digest
+
+    monkeypatch.setattr(source_module, "_sha256", slowly)
+    [part] = opened(path).parts("train")
     with pytest.raises(UserError, match="changed while it was read"):
         part.check_unchanged()
 

@@ -3,10 +3,12 @@
 import math
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 import clm_dist.training.observer as observing
 import clm_dist.training.train as training
+from clm_dist.data.order import micro_batches
+from clm_dist.training.batches import Batches
 from clm_dist.training.evaluate import Evaluation
 
 
@@ -18,6 +20,7 @@ def apply(name: str | None) -> None:
             "repeat_evaluation": repeat_evaluation,
             "window_count": window_count,
             "per_rank_mean": per_rank_mean,
+            "tokens_by_rank": tokens_by_rank,
         }[name]()
 
 
@@ -98,3 +101,15 @@ def per_rank_mean() -> None:
     """The sum over all ranks left to DDP's average: gradients come out world_size times too small."""
     original = Accelerator.backward
     Accelerator.backward = lambda self, loss: original(self, loss / self.num_processes)
+
+
+def tokens_by_rank() -> None:
+    """A mean over each rank's own tokens, and DDP's mean of these means: right only while all ranks have as many."""
+    original = Batches.count
+
+    def count(self, indices):
+        state = PartialState()
+        [mine] = micro_batches(indices, state.process_index, state.num_processes, len(indices) // state.num_processes)
+        return original(self, mine) * state.num_processes
+
+    Batches.count = count
