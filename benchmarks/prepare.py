@@ -289,10 +289,8 @@ def main() -> None:
         tables = report(*measure(Path(folder), copies, args.repeats), copies)
     print(tables)
     if args.output:
-        command = f"benchmarks/prepare.py --tokens {args.tokens} --repeats {args.repeats}"
-        args.output.write_text(
-            f"# Text to blocks against the guide's pipeline\n\n{tables}\n{facts(command)}\n\n{NOTES}"
-        )
+        made = facts(f"benchmarks/prepare.py --tokens {args.tokens} --repeats {args.repeats}")
+        args.output.write_text(f"# Text to blocks against the guide's pipeline\n\n{tables}\n{made}\n\n{NOTES}")
 
 
 if __name__ == "__main__":

@@ -19,11 +19,13 @@ def load(path: str | Path, overrides: list[str], absent: dict[str, dict[str, Any
 
     absent: what to assume of sections that the recipe leaves out, for a command that does not read them.
     """
-    values = {**(absent or {}), **read_yaml(Path(path))}
+    values = read_yaml(Path(path))
     for name in Config.model_fields:
         if values.get(name, ...) is None and section_at([name]) is not None:
             values[name] = {}  # a section with nothing in it: its defaults
     problems = [problem for text in overrides if (problem := override(values, text))]
+    for name, section in (absent or {}).items():
+        values.setdefault(name, section)
     return build(values, problems)
 
 

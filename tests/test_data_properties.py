@@ -266,14 +266,13 @@ def test_chunks_leave_no_trace(quick, tokenizer, texts, chunks, packing, ending,
     """How much is read at once is our affair: the same bytes, manifest and all."""
     found = []
     with TemporaryDirectory() as name:
-        folder = Path(name)
-        source = write(folder / f"a.{ending}", texts)
+        source = write((folder := Path(name)) / f"a.{ending}", texts)
         other = write(folder / "b.jsonl", texts[::-1][:4])
         options = {"packing": packing, "block_size": 2, "deduplicate": not mixed}
         where = [source, other]
         if mixed:
-            where = [{"source": str(source), "weight": 0.7}, {"source": str(other), "weight": 0.3}]
-        options |= {"mixture_stop": "all_exhausted"} if mixed else {}
+            where = [{"source": str(one), "weight": weight} for one, weight in zip(where, (0.7, 0.3), strict=True)]
+            options["mixture_stop"] = "all_exhausted"
         for number, chunk in enumerate(chunks):
             with chunks_of(chunk):
                 prepare(config(folder, tokenizer, where, str(number), **options))
@@ -298,5 +297,4 @@ def test_workers_leave_no_trace(quick, tokenizer, texts, workers, ending):
             prepare(config(folder, tokenizer, source, "there", block_size=2), workers=workers)
         assert contents(folder / "here") == contents(folder / "there")
         stream = [token for text in texts for token in (*ids(text), 0)]
-        rows = blocks(folder / "there", "train")
-        assert rows.reshape(-1).tolist() == stream[: len(stream) // 2 * 2]
+        assert blocks(folder / "there", "train").reshape(-1).tolist() == stream[: len(stream) // 2 * 2]

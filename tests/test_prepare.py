@@ -262,6 +262,10 @@ def test_a_recipe_that_only_prepares(tiny):
     del values["model"], values["train"]
     done = run_command("prepare", write_recipe(tiny / "only.yaml", values))
     assert done.code == 0, done.err
+    done = run_command("prepare", tiny / "only.yaml", "model.type=gpt2", "model.config={n_positions: 8}")
+    assert done.code == 0, done.err  # a model named on the command line is that one
+    done = run_command("prepare", tiny / "only.yaml", "data.tokenizer_vocab_size=null", "data.prepared_dir=elsewhere")
+    assert done.code == 2 and "no tokenizer: set data.tokenizer" in done.err
 
 
 def test_a_part_that_is_gone_is_not_already_prepared(tiny):

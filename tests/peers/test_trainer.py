@@ -282,8 +282,7 @@ def evaluate(folder):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder / f"ours-{name}" / "model")
         trainer = transformers.Trainer(model, arguments, eval_dataset=rows)
         loss = trainer.evaluate()["eval_loss"]
-        batches = Batches(blocks, False, trainer.accelerator.device)
-        ours = exact_evaluation(trainer.accelerator, model, batches, 4, 1.0).loss
+        ours = exact_evaluation(trainer.accelerator, model, Batches(blocks, False, model.device), 4, 1.0).loss
         with torch.no_grad():
             log_likelihoods = model.double()(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])
         found[name] = {"trainer": loss, "ours": ours, "blocks": (-log_likelihoods.mean((1, 2))).tolist()}
