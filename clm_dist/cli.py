@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clm_dist import __version__
-from clm_dist.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISCONFIGURED, RunError, UserError
+from clm_dist.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISCONFIGURED, RunError, UserError, nearest
 
 PATIENCE = 10  # seconds; a rank's message is out and the launcher has ended the others long before
 
@@ -188,9 +188,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         args.command = f"{args.command} {args.verb}"
     strangers = [text for text in rest if "=" not in text or text.startswith("-") or not hasattr(args, "overrides")]
     if strangers:
-        parser.error(
-            f"unknown argument {strangers[0]}; settings are written section.field=value, e.g. data.block_size=256"
-        )
+        name = strangers[0].partition("=")[0]
+        options = [option for option in COMMANDS[args.command][3] if option.startswith("--")]
+        close = nearest(name, options) if name.startswith("--") else ""
+        written = "; settings are written section.field=value, e.g. data.block_size=256"
+        parser.error(f"unknown argument {strangers[0]}{close if close.startswith('; did you mean') else written}")
     if rest:  # argparse takes positionals in one piece only; these stood behind an option
         args.overrides += rest
     return args

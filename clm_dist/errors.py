@@ -17,7 +17,8 @@ class ConfigError(UserError):
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = list(problems)
-        super().__init__("\n".join(f"- {problem}" for problem in self.problems))
+        several = len(self.problems) > 1
+        super().__init__("\n".join(f"- {problem}" for problem in self.problems) if several else "".join(self.problems))
 
 
 class RunError(Exception):

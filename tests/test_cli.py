@@ -40,7 +40,8 @@ def test_overrides_may_stand_anywhere():
     [
         (["train"], "the following arguments are required: RECIPE"),
         (["trian", "x"], "invalid choice: 'trian'"),
-        (["train", "R", "--overwite"], "unknown argument --overwite; settings are written section.field=value"),
+        (["train", "R", "--overwite"], "unknown argument --overwite; did you mean --overwrite?"),
+        (["prepare", "R", "--workes=2"], "unknown argument --workes=2; did you mean --workers?"),
         (["train", "R", "--data.block_size=3"], "unknown argument --data.block_size=3; settings are written"),
         (["report", "RUN", "a=b"], "unknown argument a=b"),
     ],
@@ -88,3 +89,4 @@ def test_nearest():
     assert nearest("zzz", ["b", "a"]) == "; known: a, b"
     assert nearest("zzz", []) == ""
     assert str(ConfigError(["one", "two"])) == "- one\n- two"
+    assert str(ConfigError(["one"])) == "one"

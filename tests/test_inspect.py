@@ -58,10 +58,10 @@ def test_facts_of_the_manifest(desk):
     facts = dict(line.split(maxsplit=1) for line in out[1:4])
     assert facts["source"] == str(desk.folder / "texts")
     assert facts["tokenizer"] == f"{desk.tokenizer}, 15 tokens, uint8 on disk"
-    for option in ("eval_split=test", "on_error=skip", "block_size=8", "packing=concatenate", "append_eos=True"):
+    for option in ("eval_split='test'", "on_error='skip'", "block_size=8", "packing='concatenate'", "append_eos=True"):
         assert option in facts["options"].split(", ")
     assert "eval_fraction" not in facts["options"]  # None
-    assert out[4].split(maxsplit=2) == ["left", "out", "1 bad"]
+    assert out[4].split(maxsplit=2) == ["left", "out", "1 bad records (bad_records.jsonl)"]
     size = sum(map(len, documents("a", LENGTHS)))
     assert f"train: 8 documents, {size} bytes of text, 63 tokens = 7 blocks x 8 - 0 padding + 7" in out
     assert any(line.startswith("eval: 4 documents, ") and "18 tokens = 2 blocks x 8" in line for line in out)

@@ -54,3 +54,11 @@ def test_whether_special_tokens_are_split_is_part_of_the_identity(bpe, tmp_path)
     other = load_tokenizer(str(tmp_path / "one"))
     other.split_special_tokens = True
     assert tokenizer_sha256(other) != tokenizer_sha256(bpe)
+
+
+def test_a_path_that_does_not_exist_names_its_neighbour(bpe, tmp_path):
+    save_tokenizer(bpe, tmp_path / "distilgpt2")
+    with pytest.raises(
+        UserError, match=r"there is no tokenizer at .*distilgtp2; did you mean .*distilgpt2\?; give a folder"
+    ):
+        load_tokenizer(str(tmp_path / "distilgtp2"))

@@ -46,6 +46,8 @@ class LeftOut:
 
     def __str__(self) -> str:
         named = {name.replace("_", " "): count for name, count in asdict(self).items() if count}
+        if self.bad:
+            named["bad records (bad_records.jsonl)"] = named.pop("bad")
         return ", ".join(f"{count:,} {name}" for name, count in named.items()) or "none"
 
 

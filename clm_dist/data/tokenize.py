@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from clm_dist.config import Config
-from clm_dist.errors import UserError
+from clm_dist.errors import UserError, nearest
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's own, so that the exported model looks familiar
 
@@ -23,6 +23,12 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     """The tokenizer of a folder or Hub id."""
     from transformers import AutoTokenizer
 
+    path = Path(name)
+    if not path.exists() and (name.startswith((".", "/")) or name.count("/") > 1):  # no name on the Hub
+        beside = [str(one) for one in path.parent.iterdir()] if path.parent.is_dir() else []
+        known = nearest(str(path), beside)
+        hint = known if known.startswith("; did you mean") else ""
+        raise UserError(f"there is no tokenizer at {name}{hint}; give a folder with tokenizer.json, or a Hub id")
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

@@ -64,7 +64,7 @@ def _facts(manifest: Manifest) -> dict[str, str]:
     return {
         "source": manifest.source,
         "tokenizer": f"{manifest.tokenizer}, {manifest.vocab_size:,} tokens, {manifest.dtype} on disk",
-        "options": ", ".join(f"{name}={value}" for name, value in options.items()),
+        "options": ", ".join(f"{name}={value!r}" for name, value in options.items()),
         "left out": str(manifest.left_out),
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
