@@ -189,8 +189,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     strangers = [text for text in rest if "=" not in text or text.startswith("-") or not hasattr(args, "overrides")]
     if strangers:
         name = strangers[0].partition("=")[0]
-        options = [option for option in COMMANDS[args.command][3] if option.startswith("--")]
-        close = nearest(name, options) if name.startswith("--") else ""
+        known = [option for option in COMMANDS[args.command][3] if option.startswith("--")]
+        close = nearest(name, known) if name.startswith("--") else ""
         written = "; settings are written section.field=value, e.g. data.block_size=256"
         parser.error(f"unknown argument {strangers[0]}{close if close.startswith('; did you mean') else written}")
     if rest:  # argparse takes positionals in one piece only; these stood behind an option
