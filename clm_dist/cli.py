@@ -10,7 +10,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from clm_dist import __version__
-from clm_dist.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISCONFIGURED, RunError, UserError, nearest
+from clm_dist.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_MISCONFIGURED,
+    EXIT_PREEMPTED,
+    RunEnded,
+    RunError,
+    UserError,
+    nearest,
+)
+from clm_dist.watch.outcome import write_outcome
 
 PATIENCE = 10  # seconds; a rank's message is out and the launcher has ended the others long before
 
@@ -20,6 +30,8 @@ DESCRIPTION = """Train causal language models on many processes: exact order, ex
   clm-dist data inspect DIR  what prepared data holds; data verify DIR: whether it is what was written
   clm-dist train    RECIPE   train, evaluate, export; many processes by `accelerate launch ... -m clm_dist train RECIPE`
   clm-dist evaluate RECIPE   exact loss and perplexity of any model on the recipe's held-out text
+  clm-dist verify   RUN      whether every block was seen as planned, over all restarts; where the time went
+  clm-dist replay   RUN STEP a step whose loss or gradient was bad, again
   clm-dist generate MODEL    text from a model folder or Hub id
   clm-dist report   RUN      one HTML page of a run
 
@@ -64,6 +76,14 @@ COMMANDS: dict[str, tuple[str, str, str, dict[str, dict[str, Any]]]] = {
             "--overwrite": {"action": "store_true", "help": "replace the run in run_dir, if there is one"},
         },
     ),
+    "replay": (
+        *("an offending step of a run again, in one process", "RUN", "run folder"),
+        {"step": {"type": int, "metavar": "STEP", "help": "one of those in RUN/offending"}},
+    ),
+    "verify": (
+        *("whether a run did what it says: data, checkpoints, metrics; and where its time went", "RUN", "run folder"),
+        {},
+    ),
     "evaluate": (
         *("exact loss and perplexity on the held-out text", "RECIPE", "YAML recipe, or a run's config.yaml"),
         {
@@ -94,7 +114,9 @@ INTERRUPTED = {
     "prepare": "what was finished is kept, and the same command goes on from there",
     "data inspect": "nothing was written",
     "data verify": "nothing was written",
-    "train": "the run folder keeps the metrics and models written so far",
+    "train": "nothing was trained yet",
+    "replay": "nothing was written",
+    "verify": "nothing was written",
     "evaluate": "nothing was written",
     "generate": "texts finished before are kept",
     "report": "nothing was written",
@@ -109,7 +131,8 @@ def entry_point() -> None:
     """
     code = main(sys.argv[1:])
     # an interrupted one too: about one in thirteen ended by the signal all the same, after its message and whatever code
-    if "WORLD_SIZE" in os.environ or code == EXIT_INTERRUPTED:
+    write_outcome(code)
+    if "WORLD_SIZE" in os.environ or code in (EXIT_INTERRUPTED, EXIT_PREEMPTED):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -132,6 +155,10 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # of `| head`, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except RunEnded as end:
+        if end.message is not None:
+            print(f"clm-dist {args.command}: {end.message}", file=sys.stderr, flush=True)
+        return end.code
     except RunError as error:
         _complain(f"clm-dist {args.command}: failed: {error}")
         return EXIT_FAILED

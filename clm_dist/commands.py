@@ -11,6 +11,7 @@ from typing import Any
 from clm_dist import recipe
 from clm_dist.config import Config, GenerateConfig
 from clm_dist.errors import ConfigError, UserError
+from clm_dist.watch.watch import Watch
 
 NO_MODEL = "none"  # of a recipe that only prepares
 
@@ -54,7 +55,10 @@ def data_verify(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Trains on the prepared blocks."""
+    """Trains on the prepared blocks, or goes on with that."""
+    watch = Watch()
+    if not args.dry_run:
+        watch.start()
     config = recipe.load(args.recipe, args.overrides)
     quiet_libraries()
     from clm_dist.training.job import open_job
@@ -63,7 +67,24 @@ def train(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(open_job(config, args.overwrite).plan)
     else:
-        train_model(config, args.overwrite)
+        train_model(config, args.overwrite, watch)
+
+
+def replay(args: argparse.Namespace) -> None:
+    """An offending step again, in one process."""
+    _refuse_launcher("replay")
+    quiet_libraries()
+    from clm_dist.training.replay import replay as replay_step
+
+    print("\n".join(replay_step(Path(args.run), args.step)))
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Whether a run did what it says."""
+    _refuse_launcher("verify")
+    from clm_dist.training.verify import verify as verify_run
+
+    print(verify_run(Path(args.run)))
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -3,45 +3,11 @@
 Every field says its unit, its range and why its default is what it is. Reading and reporting stand in `recipe.py`.
 """
 
-import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-Count = Annotated[int, Field(ge=1)]
-
-
-def _at_home(value: str) -> str:
-    """~ means home, in a recipe too; anything else stays as it is written (`Path` would change "./a" and "a//b")."""
-    return str(Path(value).expanduser()) if value.startswith("~") else value
-
-
-Location = Annotated[str, AfterValidator(_at_home)]  # a path or Hub id; ~ means home, in a recipe too
-
-
-def _sources(value: Any) -> str | tuple[str, ...]:
-    """One place or several, with ~ for home."""
-    if isinstance(value, str):
-        return _at_home(value)
-    if isinstance(value, list | tuple) and value and all(isinstance(one, str) for one in value):
-        return tuple(map(_at_home, value))
-    raise ValueError("needs a path or Hub id, or a list of paths")
-
-
-def _plain(value: str | tuple[str, ...]) -> str | list[str]:
-    return value if isinstance(value, str) else list(value)
-
-
-Sources = Annotated[str | tuple[str, ...], PlainValidator(_sources), PlainSerializer(_plain)]
-
-
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5 as text. A field's type mends that; a model's own settings have none here."""
-    if isinstance(value, dict):
-        return {key: _numbers(one) for key, one in value.items()}
-    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
-    return float(value) if is_number else value
+from clm_dist.fields import Count, Location, Policy, Seconds, Sources, numbers
 
 
 class Section(BaseModel):
@@ -158,7 +124,7 @@ class ModelConfig(Section):
     type: str | None = Field(
         None, description="Architecture to build from scratch, e.g. gpt2 (a transformers model_type)."
     )
-    config: Annotated[dict[str, Any], AfterValidator(_numbers)] = Field(
+    config: Annotated[dict[str, Any], AfterValidator(numbers)] = Field(
         default_factory=dict,
         description="Settings of the model's own configuration, e.g. model.config.n_layer=4.",
     )
@@ -216,13 +182,60 @@ class TrainConfig(Section):
         description="Attention, positions and loss stop where a document ends within a block; evaluation likewise. Models "
         "that cannot are refused.",
     )
-    log_every: Count = Field(10, description="Steps between log lines; the only regular synchronisation of training.")
+    log_every: Count = Field(10, description="Steps between log lines.")
+    resume: Location = Field(
+        "auto",
+        description="auto: go on from the newest whole checkpoint of run_dir, or begin where there is none; never: refuse a "
+        "folder that holds a run; or the path of a checkpoint.",
+    )
+    resume_changes: tuple[str, ...] = Field(
+        (),
+        description="Fields that may differ from the checkpoint's although they change what is learned, e.g. [optim.lr].",
+    )
+    stop_after: Seconds | None = Field(
+        None,
+        description="Wall-clock limit of this start of the run (seconds, 90m, 4h, 3:55:00): saves and leaves before it. "
+        "None: the end of the Slurm job, where there is one.",
+    )
+    on_nonfinite: Policy = Field(
+        "stop",
+        description="A loss or gradient that is no finite number: save and stop; withhold the update and go on; or go back "
+        "to the last checkpoint and past the data up to here.",
+    )
+    on_spike: Literal["ignore", "stop", "skip", "rewind"] = Field(
+        "ignore", description="The same for a loss far above those of the last 64 steps."
+    )
+    spike_deviations: float = Field(
+        6.0, gt=0, description="How far is far: standard deviations of the last 64 losses above their mean."
+    )
+    compare_ranks_every: Count = Field(
+        100, description="Steps between comparisons of weights, learning rate and data position over all processes."
+    )
+    hang_seconds: float = Field(
+        600,
+        gt=0,
+        description="A process that gets no further for so long is named with its stack, and the run ends. Longer than the "
+        "longest evaluation batch, export or save.",
+    )
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _no_is_a_word(cls, value: Any) -> Any:
         """YAML 1.1 reads a bare `no` as false."""
         return "no" if value is False else value
+
+
+class CheckpointConfig(Section):
+    """How often the state of a run is saved, and what is kept of it."""
+
+    save_every: Count = Field(500, description="Steps between checkpoints; the last step and every stop save too.")
+    keep_last: Count = Field(2, description="Newest checkpoints to keep. Two: one may turn out to be damaged.")
+    keep_every: Count | None = Field(None, description="Keep those of every so many steps for good.")
+    keep_best: int = Field(0, ge=0, description="Keep so many with the lowest evaluation loss at their own step.")
+    asynchronous: bool = Field(
+        True,
+        description="Training goes on from a copy in memory while a checkpoint is written. Costs its size in memory.",
+    )
 
 
 class EvaluateConfig(Section):
@@ -277,6 +290,7 @@ class Config(Section):
     model: ModelConfig
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     generate: GenerateConfig = GenerateConfig()
     track: TrackConfig = TrackConfig()

@@ -3,8 +3,10 @@
 import difflib
 from collections.abc import Iterable
 
+EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_MISCONFIGURED = 2  # as argparse and the shell have it: the command was wrong, nothing was done
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved and left when told to; the same command goes on
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, the shell's convention
 
 
@@ -23,6 +25,17 @@ class ConfigError(UserError):
 
 class RunError(Exception):
     """The work failed, through no fault of the input. The command line prints the message and exits with 1."""
+
+
+class RunEnded(Exception):  # noqa: N818 - no error: what there is to say was said, or is said here
+    """A run is over before its end: stopped and saved, or failed and named in failure.json.
+
+    The command line prints the message, where this process is the one to say it, and exits with `code`.
+    """
+
+    def __init__(self, message: str | None, code: int) -> None:
+        self.message, self.code = message, code
+        super().__init__(message)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -9,9 +9,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from clm_dist.config import Config, Location, Section, Sources
+from clm_dist.config import Config, Section
 from clm_dist.disagreements import disagreements
 from clm_dist.errors import ConfigError, UserError, nearest
+from clm_dist.fields import Location, Sources
 
 
 def load(path: str | Path, overrides: list[str], absent: dict[str, dict[str, Any]] | None = None) -> Config:

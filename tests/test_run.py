@@ -18,7 +18,8 @@ from clm_dist.model.loss import next_token_nll
 
 def test_the_run_folder(trained):
     names = {path.name for path in (trained / "run").iterdir()}
-    assert names == {"config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "model", "model_best"}
+    expected = {"config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "ledger.jsonl", "checkpoints"}
+    assert names == {*expected, "model", "model_best", ".lock", ".watch"}
     environment = json.loads((trained / "run" / "environment.json").read_text())
     assert environment["processes"] == 1
     assert environment["versions"]["torch"] == torch.__version__
@@ -104,11 +105,15 @@ def test_a_report_of_nothing(tmp_path):
 
 
 def test_another_run_is_never_overwritten_unasked(trained, tmp_path):
-    before = (trained / "run" / "metrics.jsonl").read_bytes()
-    done = run_command("train", trained / "recipe.yaml")
-    assert done.code == 2
-    assert "holds another run" in done.err and "set another run_dir to keep both, or add --overwrite" in done.err
-    assert (trained / "run" / "metrics.jsonl").read_bytes() == before
+    before = {path: path.read_bytes() for path in (trained / "run").rglob("*") if path.is_file()}
+    again = run_command("train", trained / "recipe.yaml")
+    assert again.code == 0 and "run is finished; --overwrite trains it again" in again.out
+    never = run_command("train", trained / "recipe.yaml", "train.resume=never")
+    assert never.code == 2
+    assert "holds another run" in never.err and "set another run_dir to keep both, or add --overwrite" in never.err
+    other = run_command("train", trained / "recipe.yaml", "optim.lr=0.5", "seed=7")
+    assert other.code == 2 and "optim.lr: 0.01 -> 0.5, seed: 42 -> 7; set another run_dir to keep both" in other.err
+    assert {path: path.read_bytes() for path in (trained / "run").rglob("*") if path.is_file()} == before
 
 
 def test_overwrite_replaces_a_run_but_not_what_is_not_of_it(trained, tmp_path):
@@ -162,7 +167,7 @@ def test_interrupting_keeps_what_was_written(trained, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err, err
-    assert "clm-dist train: interrupted; the run folder keeps the metrics" in err
+    assert "clm-dist train: stopped by SIGINT; saved at step" in err
     assert len([row for row in read_rows(metrics) if "train/loss" in row]) >= 3
 
 
@@ -256,20 +261,19 @@ def test_evaluating_and_exporting_leave_training_alone(trained, tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 8
 
 
-def test_two_runs_started_into_one_folder(trained, tmp_path):
-    """Both find it free; the second to begin finds it taken, and leaves the first one's files alone."""
-    from accelerate import Accelerator
-
+def test_two_runs_started_into_one_folder(trained, tmp_path, monkeypatch):
+    """Both find it free; the second waits for the first to leave, and leaves its files alone if it does not."""
     from clm_dist.errors import UserError
-    from clm_dist.training.run_folder import create
+    from clm_dist.training import run_folder
 
-    config = recipe.load(trained / "recipe.yaml", [f"run_dir={tmp_path / 'run'}"])
-    accelerator = Accelerator(cpu=True)
-    create(config, accelerator, None, overwrite=False)
-    (tmp_path / "run" / "metrics.jsonl").write_text("the first one's")
-    with pytest.raises(UserError, match="was taken by another run that started meanwhile"):
-        create(config, accelerator, None, overwrite=False)
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "the first one's"
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.5)
+    first = run_folder.claim(str(tmp_path / "run"))
+    with pytest.raises(
+        UserError, match=r"is being written by process .*; wait for it, stop it, or set another run_dir"
+    ):
+        run_folder.claim(str(tmp_path / "run"))
+    first.close()
+    run_folder.claim(str(tmp_path / "run")).close()
 
 
 def test_a_dry_run_checks_and_starts_nothing(trained, tmp_path):

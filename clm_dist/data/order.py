@@ -20,7 +20,12 @@ ROUNDS = 8  # 4 suffice for large sets by Luby-Rackoff; more cost little and mix
 
 def global_batch(step: int, global_batch_size: int, num_blocks: int, seed: int) -> np.ndarray:
     """The blocks of one step over all processes, in order: (G,) int64."""
-    positions = np.arange(step * global_batch_size, (step + 1) * global_batch_size, dtype=np.uint64)
+    return blocks_at(step * global_batch_size, global_batch_size, num_blocks, seed)
+
+
+def blocks_at(cursor: int, count: int, num_blocks: int, seed: int) -> np.ndarray:
+    """The next `count` blocks of the endless stream from position `cursor` on: (count,) int64."""
+    positions = np.arange(cursor, cursor + count, dtype=np.uint64)
     epochs = positions // np.uint64(num_blocks)
     within = positions % np.uint64(num_blocks)
     return permute(within, num_blocks, seed, epochs).astype(np.int64)
@@ -42,13 +47,13 @@ def permute(index: np.ndarray, size: int, seed: int, epochs: np.ndarray) -> np.n
     """
     half = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
-    keys = [_mix(_mix(np.uint64(seed) + epochs * np.uint64(2**32)) + np.uint64(r)) for r in range(ROUNDS)]
+    keys = [mix(mix(np.uint64(seed) + epochs * np.uint64(2**32)) + np.uint64(r)) for r in range(ROUNDS)]
     result = index.astype(np.uint64)
     todo = np.ones(len(result), dtype=bool)
     while todo.any():  # the domain is less than four times `size`, so a few walks do
         left, right = result[todo] >> half, result[todo] & mask
         for key in keys:
-            left, right = right, left ^ (_mix(right + key[todo]) & mask)
+            left, right = right, left ^ (mix(right + key[todo]) & mask)
         result[todo] = (left << half) | right
         todo = result >= size
     return result
@@ -57,7 +62,7 @@ def permute(index: np.ndarray, size: int, seed: int, epochs: np.ndarray) -> np.n
 def step_seed(seed: int, step: int, micro_step: int) -> int:
     """Seed of dropout for one micro-batch of the global batch: no generator state has to be kept or restored."""
     with np.errstate(over="ignore"):
-        mixed = _mix(_mix(_mix(np.uint64(seed)) + np.uint64(step)) + np.uint64(micro_step))
+        mixed = mix(mix(mix(np.uint64(seed)) + np.uint64(step)) + np.uint64(micro_step))
     return int(mixed >> np.uint64(1))  # torch takes 63 bits
 
 
@@ -72,7 +77,7 @@ def ends_epoch(step: int, num_blocks: int, global_batch_size: int) -> bool:
     return step * global_batch_size // num_blocks > (step - 1) * global_batch_size // num_blocks
 
 
-def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
+def mix(x: np.ndarray | np.uint64) -> np.ndarray:
     """The finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014): a good mix of 64 bits, modulo 2**64."""
     with np.errstate(over="ignore"):
         x = np.asarray(x, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)

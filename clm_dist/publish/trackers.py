@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -32,12 +33,19 @@ def check_installed(config: Config) -> None:
             )
 
 
-def open_trackers(config: Config, folder: Path) -> list[Tracker]:
-    """metrics.jsonl and whatever dashboards the recipe names. On the main process only."""
+def open_trackers(config: Config, folder: Path, ids: dict[str, str], step: int) -> tuple[list[Tracker], dict[str, str]]:
+    """metrics.jsonl and whatever dashboards the recipe names; and the ids by which they know the run. On the main process.
+
+    ids: those of before, in a run that goes on after `step`.
+    """
     opened: list[Tracker] = [MetricsFile(folder / "metrics.jsonl")]
     for name in config.track.trackers:
-        opened.append(TensorBoard(config, folder) if name == "tensorboard" else WeightsAndBiases(config, folder))
-    return opened
+        if name == "tensorboard":
+            opened.append(TensorBoard(config, folder, step))
+        else:
+            opened.append(board := WeightsAndBiases(config, folder, ids.get("wandb")))
+            ids = {**ids, "wandb": board.run.id}
+    return opened, ids
 
 
 class MetricsFile:
@@ -47,7 +55,9 @@ class MetricsFile:
         self.file: TextIO = path.open("a", encoding="utf-8", buffering=1)  # a line is on disk when it is logged
 
     def log(self, values: dict[str, float], step: int) -> None:
-        self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        # a step without a finite loss is a row without a figure: JSON has no NaN
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
 
     def finish(self) -> None:
         self.file.close()
@@ -56,10 +66,10 @@ class MetricsFile:
 class TensorBoard:
     """Event files in the run folder, for `tensorboard --logdir RUN`."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    def __init__(self, config: Config, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer: Any = SummaryWriter(folder / "tensorboard")
+        self.writer: Any = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
         rows = [f"|{name}|{value}|" for name, value in flat(config).items()]
         self.writer.add_text("config", "\n".join(["|field|value|", "|---|---|", *rows]))
 
@@ -74,12 +84,14 @@ class TensorBoard:
 class WeightsAndBiases:
     """A W&B run; offline it lies in the run folder until `wandb sync`. The key comes from WANDB_API_KEY only."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    def __init__(self, config: Config, folder: Path, run_id: str | None) -> None:
         import wandb
 
         self.run: Any = wandb.init(
             project=config.track.project,
             name=folder.name,
+            id=run_id,
+            resume="allow",
             dir=str(folder),
             mode=config.track.wandb_mode,
             config=flat(config),

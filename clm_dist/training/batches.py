@@ -3,6 +3,7 @@
 Legend: B sequences, T = block_size.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from clm_dist.data.blocks import Blocks
+from clm_dist.ledger.ledger import DIGEST_MODULUS, digest_of
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,21 @@ class Batches:
     def __init__(self, blocks: Blocks, isolate: bool, device: torch.device) -> None:
         self.blocks, self.isolate, self.device = blocks, isolate, device
         self._all_count = not isolate and not blocks.num_padding
+        self.digest, self.seconds = 0, 0.0  # of the blocks read since `begin`, and the time that took
+
+    def begin(self) -> None:
+        """What is read from here on is of another step."""
+        self.digest, self.seconds = 0, 0.0
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """The blocks of these numbers."""
+        began = time.perf_counter()
+        self.digest = (self.digest + digest_of(np.asarray(indices))) % DIGEST_MODULUS
         positions = self.blocks.position_ids(indices) if self.isolate else None
         scored = None if self._all_count else self._scored(indices)
-        return Batch(self._moved(self.blocks[indices].astype(np.int64)), self._moved(positions), self._moved(scored))
+        batch = Batch(self._moved(self.blocks[indices].astype(np.int64)), self._moved(positions), self._moved(scored))
+        self.seconds += time.perf_counter() - began
+        return batch
 
     def count(self, indices: Sequence[int] | np.ndarray) -> int:
         """How many tokens of these blocks are scored: known without reading their ids, and so by every rank of all."""

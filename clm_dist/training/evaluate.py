@@ -4,6 +4,7 @@ Legend: B sequences, T = block_size, V = vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -60,8 +61,11 @@ def evaluate(
     batches: Batches,
     micro_batch_size: int,
     tokens_per_byte: float,
-) -> Evaluation:
+    leave: Callable[[], bool] | None = None,
+) -> Evaluation | None:
     """Evaluates `model` on all blocks of `batches`. Every rank must call this; a rank may have nothing to do.
+
+    leave: asked by every rank before each turn; where it says yes, there is no result.
 
     The batches are the same at every world size; batch j is computed by rank j % world_size and its sums (fp64) are put
     into row j of a table. Adding the tables of all ranks adds zeros only, and fsum rounds once: the result does not
@@ -74,12 +78,20 @@ def evaluate(
     plain = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
     was_training = plain.training
     plain.eval()
+    stopped = False
     with torch.inference_mode():
-        mine = range(accelerator.process_index, len(starts), accelerator.num_processes)
-        for j in progress(mine, "evaluating", "batches", visible=accelerator.is_main_process):
+        turns = range(0, len(starts), accelerator.num_processes)
+        for turn in progress(turns, "evaluating", "batches", visible=accelerator.is_main_process):
+            if leave is not None and (stopped := leave()):
+                break
+            j = turn + accelerator.process_index
+            if j >= len(starts):  # others have one more
+                continue
             batch = batches.batch(range(starts[j], min(starts[j] + micro_batch_size, blocks)))
             table[j] = _sums(plain(**batch.inputs()).logits, batch)
     plain.train(was_training)
+    if stopped:
+        return None
     rows = accelerator.reduce(table, reduction="sum").tolist()  # sync
     nll, tokens, correct = (math.fsum(column) for column in zip(*rows, strict=True))
     return Evaluation(nll=nll, tokens=int(tokens), correct=int(correct), tokens_per_byte=tokens_per_byte)

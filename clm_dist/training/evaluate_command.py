@@ -45,6 +45,7 @@ def evaluate_model(config: Config, name: str, revision: str | None, output: str 
     model = accelerator.prepare_model(model, evaluation_mode=True)
     batches = Batches(blocks, isolate, accelerator.device)
     result = evaluate(accelerator, model, batches, config.evaluate.micro_batch_size, manifest.tokens_per_byte("eval"))
+    assert result is not None  # nobody asked it to leave
     if accelerator.is_main_process:
         print(f"{name}: {figures(result.metrics())}", flush=True)
         if output is not None:

@@ -4,16 +4,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clm_dist.checkpoint.sameness import data_sha256
 from clm_dist.config import Config
 from clm_dist.data.blocks import Blocks
 from clm_dist.data.manifest import Manifest
 from clm_dist.data.prepared import open_blocks, open_prepared
 from clm_dist.data.tokenize import load_tokenizer, token_ids
+from clm_dist.ledger.ledger import last_row
 from clm_dist.model.build import check_fits, max_positions, model_configuration
 from clm_dist.model.generate import prompt_ids
 from clm_dist.publish.trackers import check_installed
 from clm_dist.training import run_folder
 from clm_dist.training.plan import Plan, make_plan
+from clm_dist.training.resume import check_changes, check_same_run, choose
 from clm_dist.training.runtime import check_launch, launched_world_size
 
 
@@ -22,18 +25,23 @@ class Job:
     """Checked, opened, and the same on every rank."""
 
     manifest: Manifest
+    data_sha256: str
     train_blocks: Blocks
     eval_blocks: Blocks
     tokenizer: Any
     model_configuration: Any
     plan: Plan
     overwrite: bool  # whether run_dir may hold a run, to be replaced
+    finished: bool  # whether run_dir holds this very run, at its end
 
 
 def open_job(config: Config, overwrite: bool) -> Job:
     """Refuses everything that can be refused by now; touches nothing."""
     check_launch(config.train.mixed_precision)
-    run_folder.check_free(config.run_dir, overwrite, filter(None, (config.model.name, config.data.tokenizer)))
+    check_changes(config)
+    may_resume = config.train.resume != "never"
+    sources = filter(None, (config.model.name, config.data.tokenizer))
+    run_folder.check_free(config.run_dir, overwrite, sources, resume=may_resume)
     check_installed(config)
     manifest = open_prepared(config)
     prepared = Path(config.data.prepared_dir)
@@ -44,4 +52,19 @@ def open_job(config: Config, overwrite: bool) -> Job:
         prompt_ids(tokenizer, prompt, config.generate, max_positions(built))
     train_blocks, eval_blocks = (open_blocks(config, manifest, split) for split in ("train", "eval"))
     plan = make_plan(config, len(train_blocks), launched_world_size())
-    return Job(manifest, train_blocks, eval_blocks, tokenizer, built, plan, overwrite)
+    data = data_sha256(manifest.key, manifest.files)
+    finished = False
+    if may_resume and not overwrite:
+        finished = _goes_on(config, data, plan)
+    return Job(manifest, data, train_blocks, eval_blocks, tokenizer, built, plan, overwrite, finished)
+
+
+def _goes_on(config: Config, data: str, plan: Plan) -> bool:
+    """Whether the run is finished already; UserError where run_dir holds another one."""
+    checkpoint = choose(config, data, reread=False).checkpoint
+    run = Path(config.run_dir)
+    if checkpoint is None or not checkpoint.path.resolve().is_relative_to(run.resolve()):
+        check_same_run(config, run)
+        return False
+    last = last_row(run / "ledger.jsonl") or {}
+    return checkpoint.step == plan.max_steps == last.get("step") and last.get("state") == "finished"

@@ -3,60 +3,45 @@
 import time
 
 import torch
-from accelerate import Accelerator
 
 from clm_dist.training.plan import Plan
+from clm_dist.training.state import TrainState
 
 
 class Meter:
-    """Sums on the device, without a synchronisation, until a log line is due."""
+    """The clock of training. The sums it reads are the state's, so that a resumed run shows what any run would."""
 
-    def __init__(self, accelerator: Accelerator, plan: Plan) -> None:
-        self.accelerator = accelerator
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.nll = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-        self.tokens = 0  # scored tokens of all ranks since the last line
-        self.steps = 0
-        self.training_seconds = 0.0  # of the whole run, without evaluation and export
+        self.steps = 0  # of this process, since the last line
         self.window_seconds = 0.0
         self._since = time.perf_counter()
 
-    def add(self, nll: torch.Tensor) -> None:
-        """A micro-batch's summed nats, on this rank."""
-        self.nll += nll.detach()
-
-    def end_step(self, scored_tokens: int) -> None:
-        """One update is done; `scored_tokens` of all ranks together."""
-        self.tokens += scored_tokens
-        self.steps += 1
-
     def pause(self) -> None:
         """Stops the clock: what follows (evaluation, export) is not training."""
-        elapsed = time.perf_counter() - self._since
-        self.training_seconds += elapsed
-        self.window_seconds += elapsed
+        self.window_seconds += time.perf_counter() - self._since
 
     def resume(self) -> None:
         """Starts the clock again."""
         self._since = time.perf_counter()
 
-    def read(self, step: int, lr: float, grad_norm: torch.Tensor) -> dict[str, float]:
-        """The metrics since the last call, which then start anew. Every rank must call this; the only regular sync."""
-        nll = self.accelerator.reduce(self.nll, reduction="sum").item()  # sync
+    def read(self, state: TrainState, lr: float, grad_norm: torch.Tensor) -> dict[str, float]:
+        """The metrics since the last call; the state's sums then start anew."""
         self.pause()
         self.resume()
-        seconds, tokens = self.window_seconds, self.steps * self.plan.tokens_per_step
+        seconds, steps = self.window_seconds, max(1, self.steps)
         metrics = {
-            "train/loss": nll / self.tokens,
+            "train/loss": state.nll / state.tokens if state.tokens else float("nan"),
             "train/lr": lr,
             "train/grad_norm": float(grad_norm),  # sync, already waited for
-            "train/epoch": self.plan.epoch(step),
-            "train/tokens_seen": step * self.plan.tokens_per_step,
-            "perf/tokens_per_second": tokens / seconds,
-            "perf/seconds_per_step": seconds / self.steps,
+            "train/epoch": self.plan.epoch(state.step),
+            "train/tokens_seen": state.step * self.plan.tokens_per_step,
+            "train/steps": state.steps,
+            "perf/tokens_per_second": steps * self.plan.tokens_per_step / seconds,
+            "perf/seconds_per_step": seconds / steps,
         }
-        self.nll.zero_()
-        self.tokens, self.steps, self.window_seconds = 0, 0, 0.0
+        state.nll, state.tokens, state.steps = 0.0, 0, 0
+        self.steps, self.window_seconds = 0, 0.0
         return metrics
 
 

@@ -18,6 +18,7 @@ from clm_dist.training import run_folder
 from clm_dist.training.batches import Batches
 from clm_dist.training.evaluate import evaluate
 from clm_dist.training.job import Job
+from clm_dist.training.keeper import Keeper
 from clm_dist.training.meter import Meter, evaluation_line, train_line
 
 
@@ -25,80 +26,109 @@ class Observer:
     """Watches a run and writes its folder. Every rank has one and makes every call; the main process writes."""
 
     def __init__(
-        self, accelerator: Accelerator, config: Config, job: Job, model: torch.nn.Module, meter: Meter
+        self, accelerator: Accelerator, config: Config, job: Job, model: torch.nn.Module, keeper: Keeper
     ) -> None:
         self.accelerator = accelerator
         self.config = config
         self.job = job
         self.plan = job.plan
         self.model = model
-        self.meter = meter
+        self.keeper, self.state, self.watch = keeper, keeper.state, keeper.watch
+        self.meter = Meter(job.plan)
         self.folder = Path(config.run_dir)
         self.trackers: list[Tracker] = []
-        self.evaluation: dict[str, float] = {}  # of the newest evaluation
-        self.best_loss = float("inf")
 
     def begin(self) -> None:
-        """Fills the run folder, prints the arithmetic, evaluates the model as it comes."""
+        """Prints the arithmetic, opens the trackers, evaluates where that is due: the model as it comes, or what an
+        interruption left out."""
         if self.accelerator.is_main_process:
-            base_model_commit = getattr(self.job.model_configuration, "_commit_hash", None)
-            run_folder.create(self.config, self.accelerator, base_model_commit, self.job.overwrite)
-            self.trackers = open_trackers(self.config, self.folder)
+            self.trackers, self.keeper.tracker_ids = open_trackers(
+                self.config, self.folder, self.keeper.tracker_ids, self.state.step
+            )
         plain = self.accelerator.unwrap_model(self.model)
         self.parameters = sum(parameter.numel() for parameter in plain.parameters())
         self.say(f"{type(plain).__name__}, {self.parameters:,} parameters, on {self.accelerator.device.type}")
         self.say(str(self.plan))
-        self.evaluate_and_sample(step=0)
+        self.evaluate_if_due()
+        self.keeper.logbook.mark()
         self.meter.resume()
 
-    def after_step(self, step: int, lr: float, grad_norm: torch.Tensor) -> None:
-        """Whatever is due once `step` updates are done."""
+    def after_step(self, lr: float, grad_norm: torch.Tensor) -> None:
+        """Whatever is due once `state.step` updates are done."""
+        step = self.state.step
+        self.meter.steps += 1
         if step % self.config.train.log_every == 0 or step == self.plan.max_steps:
-            metrics = self.meter.read(step, lr, grad_norm)
+            metrics = self.meter.read(self.state, lr, grad_norm)
             self.log(step, metrics)
             self.say(train_line(step, metrics, self.plan))
-        if self.plan.evaluation_due(step):
-            self.meter.pause()
-            self.evaluate_and_sample(step)
-            if self.evaluation and self.evaluation["eval/loss"] < self.best_loss:
-                self.best_loss = self.evaluation["eval/loss"]
-                self.export("model_best", step)
-            self.meter.resume()
+        self.meter.pause()
+        self.evaluate_if_due()
+        self.keeper.after_step(lr)
+        self.meter.resume()
 
     def end(self) -> None:
         """The final export, and where everything lies."""
-        self.export("model", self.plan.max_steps)
+        self.export("model")
         for tracker in self.trackers:
             tracker.finish()
+        self.keeper.logbook.end(self.state.step, "finished")
         self.say(f"done: {self.folder}/model is the model, {self.folder}/metrics.jsonl the figures")
         model, prompt = self.folder / "model", next(iter(self.config.generate.prompts), "The")
         report, generate = ("report", str(self.folder)), ("generate", str(model), "--prompt", prompt)
         self.say("next: " + "   ".join(shlex.join(("clm-dist", *command)) for command in (report, generate)))
 
-    def evaluate_and_sample(self, step: int) -> None:
-        """Evaluates on the held-out blocks, where there are any, and continues the recipe's prompts."""
-        if len(self.job.eval_blocks):
-            result = evaluate(
-                self.accelerator,
-                self.model,
-                Batches(self.job.eval_blocks, self.config.train.isolate_documents, self.accelerator.device),
-                self.config.evaluate.micro_batch_size,
-                self.job.manifest.tokens_per_byte("eval"),
-            )
-            self.evaluation = result.metrics()
-            self.log(step, self.evaluation)
-            self.say(evaluation_line(step, self.evaluation, self.plan))
+    def evaluate_if_due(self) -> None:
+        """Evaluates this step unless that is done; keeps the model where it is the best so far."""
+        state = self.state
+        if state.evaluated == state.step or not (state.step == 0 or self.plan.evaluation_due(state.step)):
+            return
+        with self.watch.during("evaluation"), self.keeper.logbook.timed("evaluation", state.step):
+            figures = self.evaluate()
+            if self.keeper.leaving:
+                return
+            self.sample()
+        state.evaluated, state.evaluation = state.step, figures
+        if figures and state.step > 0 and (state.best_loss is None or figures["eval/loss"] < state.best_loss):
+            state.best_loss = figures["eval/loss"]
+            self.export("model_best")
+
+    def evaluate(self) -> dict[str, float]:
+        """Figures of the held-out blocks; none where there are no blocks, or all ranks agreed to leave."""
+        if not len(self.job.eval_blocks):
+            return {}
+        result = evaluate(
+            self.accelerator,
+            self.model,
+            Batches(self.job.eval_blocks, self.config.train.isolate_documents, self.accelerator.device),
+            self.config.evaluate.micro_batch_size,
+            self.job.manifest.tokens_per_byte("eval"),
+            self.keeper.agreement.tick,
+        )
+        if result is None:
+            return {}
+        figures = result.metrics()
+        self.log(self.state.step, figures)
+        self.say(evaluation_line(self.state.step, figures, self.plan))
+        return figures
+
+    def sample(self) -> None:
+        """Continues the recipe's prompts."""
         plain = self.accelerator.unwrap_model(self.model)
         for number, prompt in enumerate(self.config.generate.prompts):
             text = generate(plain, self.job.tokenizer, prompt, self.config.generate, self.config.seed + number)
             if self.accelerator.is_main_process:
+                row = {"step": self.state.step, "prompt": prompt, "text": text}
                 with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def export(self, name: str, step: int) -> None:
+    def export(self, name: str) -> None:
         """The model as it is, as a Hugging Face folder inside the run folder."""
+        with self.watch.during("exporting"), self.keeper.logbook.timed("export", self.state.step):
+            self._export(name)
+
+    def _export(self, name: str) -> None:
         figures: dict[str, Any] = {
-            **self.evaluation, "step": step, "arithmetic": str(self.plan), "parameters": self.parameters,
+            **self.state.evaluation, "step": self.state.step, "arithmetic": str(self.plan), "parameters": self.parameters,
         }  # fmt: skip
         environment = run_folder.environment(self.accelerator)
         manifest = self.job.manifest

@@ -12,62 +12,92 @@ import torch
 from accelerate import Accelerator
 
 from clm_dist.config import Config
-from clm_dist.data.order import global_batch, micro_batches, step_seed
+from clm_dist.data.order import blocks_at, micro_batches, step_seed
 from clm_dist.model.build import build_model
 from clm_dist.model.isolation import check_isolation
 from clm_dist.model.loss import next_token_nll
+from clm_dist.training import run_folder
 from clm_dist.training.batches import Batch, Batches
-from clm_dist.training.job import open_job
-from clm_dist.training.meter import Meter
+from clm_dist.training.job import Job, open_job
+from clm_dist.training.keeper import Keeper
 from clm_dist.training.observer import Observer
 from clm_dist.training.optimizer import make_optimizer, set_lr
 from clm_dist.training.plan import Plan
 from clm_dist.training.runtime import finish, start
 from clm_dist.training.schedule import lr_at
+from clm_dist.watch.watch import Watch
 
 
-def train(config: Config, overwrite: bool = False) -> None:
-    """Trains, evaluates and exports. Every rank must call this."""
+def train(config: Config, overwrite: bool = False, watch: Watch | None = None) -> None:
+    """Trains, evaluates and exports, or goes on with that. Every rank must call this."""
+    watch = watch or Watch()
     job = open_job(config, overwrite)
     plan = job.plan
+    if job.finished:
+        if watch.rank == 0:
+            print(f"{config.run_dir} is finished; --overwrite trains it again, another run_dir keeps both", flush=True)
+        return
     accelerator = start(config.train.mixed_precision)
-    model = build_model(config.model, job.model_configuration, config.seed)
-    model.config.use_cache = False  # type: ignore[union-attr]  # a cache of keys and values serves generation only
-    if config.train.isolate_documents:
-        check_isolation(model, plan.block_size, str(config.model.name or config.model.type))
-    model, optimizer = accelerator.prepare(model, make_optimizer(model, config.optim))
-    meter = Meter(accelerator, plan)
-    observer = Observer(accelerator, config, job, model, meter)
-    observer.begin()
-    batches = Batches(job.train_blocks, config.train.isolate_documents, accelerator.device)
+    with run_folder.joined(config, accelerator, watch):
+        model = build_model(config.model, job.model_configuration, config.seed)
+        model.config.use_cache = False  # type: ignore[union-attr]  # a cache of keys and values serves generation only
+        if config.train.isolate_documents:
+            check_isolation(model, plan.block_size, str(config.model.name or config.model.type))
+        model, optimizer = accelerator.prepare(model, make_optimizer(model, config.optim))
+        keeper = Keeper(accelerator, config, job, model, optimizer, watch)
+        keeper.restore()
+        observer = Observer(accelerator, config, job, model, keeper)
+        observer.begin()
+        loop(accelerator, config, job, model, optimizer, keeper, observer)
+        keeper.end()
+        observer.end()
+        finish(accelerator)
 
-    for step in range(plan.max_steps):  # one turn = one optimizer update
+
+def loop(
+    accelerator: Accelerator, config: Config, job: Job, model: Any, optimizer: Any, keeper: Keeper, observer: Observer
+) -> None:
+    """One turn is one optimizer update. Ends with the last step, or when all ranks agreed to leave."""
+    plan, state, watch = job.plan, keeper.state, keeper.watch
+    batches = Batches(job.train_blocks, config.train.isolate_documents, accelerator.device)
+    while state.step < plan.max_steps and not keeper.leaving:
         model.train()
-        lr = lr_at(step, plan.max_steps, config.optim)
+        lr = lr_at(state.step, plan.max_steps, config.optim)
         set_lr(optimizer, lr)
-        blocks = global_batch(step, plan.global_batch_size, plan.num_blocks, config.seed)  # of all ranks
+        blocks = blocks_at(state.cursor, plan.global_batch_size, plan.num_blocks, config.seed)  # of all ranks
         scored_tokens = max(1, batches.count(blocks))
-        for micro_step, batch in enumerate(window(batches, blocks, plan, accelerator)):
+        step_nll = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        for micro_step, batch in enumerate(window(batches, blocks, plan, accelerator, watch)):
+            if micro_step and keeper.agreement.tick():
+                break
             with gradients_of(micro_step, accelerator, model, plan):
-                torch.manual_seed(dropout_seed(config.seed, step, micro_step, accelerator))
+                torch.manual_seed(dropout_seed(config.seed, state.step, micro_step, accelerator))
                 nll = next_token_nll(model(**batch.inputs()).logits, batch.input_ids, batch.scored).sum()
                 # DDP averages over ranks; we want the sum over the tokens of all of them
                 accelerator.backward(nll * (plan.world_size / scored_tokens))
-            meter.add(nll)
+            step_nll += nll.detach()
+        if keeper.leaving:  # in the midst of a step, which is then done again
+            break
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm or float("inf"))
-        optimizer.step()
+        verdict = keeper.verdict(step_nll, grad_norm, batches, scored_tokens)
+        if verdict == "update":
+            optimizer.step()
         optimizer.zero_grad()
-        meter.end_step(scored_tokens)
-        observer.after_step(step + 1, lr, grad_norm)
+        if verdict == "rewind":
+            continue
+        keeper.advance(verdict)
+        observer.after_step(lr, grad_norm)
 
-    observer.end()
-    finish(accelerator)
 
-
-def window(batches: Batches, blocks: np.ndarray, plan: Plan, accelerator: Accelerator) -> Iterator[Batch]:
+def window(batches: Batches, blocks: np.ndarray, plan: Plan, accelerator: Accelerator, watch: Watch) -> Iterator[Batch]:
     """This rank's micro-batches of a step, on the device: each of B blocks."""
-    for indices in micro_batches(blocks, accelerator.process_index, plan.world_size, plan.micro_batch_size):
-        yield batches.batch(indices)
+    batches.begin()
+    mine = micro_batches(blocks, accelerator.process_index, plan.world_size, plan.micro_batch_size)
+    for micro_step, indices in enumerate(mine):
+        watch.at("data", micro_step)
+        batch = batches.batch(indices)
+        watch.at("forward and backward")
+        yield batch
 
 
 def gradients_of(micro_step: int, accelerator: Accelerator, model: torch.nn.Module, plan: Plan) -> Any:

@@ -51,7 +51,7 @@ def prepared_scheduler() -> None:
 def repeat_evaluation() -> None:
     """`gather_for_metrics(loss.repeat(batch_size))` and a mean over what came: the no-trainer examples' evaluation."""
 
-    def evaluate(accelerator, model, batches, micro_batch_size, tokens_per_byte):
+    def evaluate(accelerator, model, batches, micro_batch_size, tokens_per_byte, leave):
         blocks = batches.blocks
         rows = torch.from_numpy(blocks[list(range(len(blocks)))].astype("int64"))
         loader = accelerator.prepare(torch.utils.data.DataLoader(rows, batch_size=micro_batch_size))
@@ -73,11 +73,11 @@ def window_count() -> None:
     """Accelerate's documented accumulation over a prepared loader: each micro-batch's mean divided by the number of
     accumulation steps, and an update at the end of the epoch whether the window is full or not."""
 
-    def noted(step, global_batch_size, num_blocks, seed):
-        now[:] = step, seed
-        return order_of(step, global_batch_size, num_blocks, seed)
+    def noted(cursor, global_batch_size, num_blocks, seed):
+        now[:] = cursor // global_batch_size, seed
+        return order_of(cursor, global_batch_size, num_blocks, seed)
 
-    def window(batches, _, plan, accelerator):
+    def window(batches, _, plan, accelerator, watch):
         step, seed = now
         updates = -(-plan.num_blocks // plan.global_batch_size)
         epoch, within = divmod(step, updates)
@@ -91,9 +91,9 @@ def window_count() -> None:
             yield batches.batch(indices)
 
     scale, now = [1.0], [0, 0]
-    original, order_of = training.next_token_nll, training.global_batch
+    original, order_of = training.next_token_nll, training.blocks_at
     training.next_token_nll = lambda logits, ids, scored: original(logits, ids, scored) * scale[0]
-    training.global_batch = noted
+    training.blocks_at = noted
     training.window = window
 
 

@@ -1,0 +1,117 @@
+"""What a checkpoint holds of a live run: weights and optimizer by parameter name, generators of random numbers as text."""
+
+import base64
+import json
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from clm_dist.checkpoint import tensors
+from clm_dist.checkpoint.folder import Checkpoint
+from clm_dist.errors import RunError
+
+Tensors = dict[str, torch.Tensor]
+
+
+def weights(model: torch.nn.Module) -> Tensors:
+    """Parameters and saved buffers, each once: tied ones by their first name."""
+    saved = model.state_dict()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Everything the optimizer remembers, as `exp_avg.transformer.wte.weight`."""
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{key}.{names[parameter]}": value if torch.is_tensor(value) else torch.tensor(value)
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+
+
+def share(everything: Tensors, rank: int, world_size: int) -> Tensors:
+    """The part that one rank writes: all hold the same, so each writes about as many bytes as any other."""
+    loads = [0] * world_size
+    mine = {}
+    for name in sorted(everything, key=lambda name: (-everything[name].nbytes, name)):
+        least = loads.index(min(loads))
+        loads[least] += everything[name].nbytes
+        if least == rank:
+            mine[name] = everything[name]
+    return mine
+
+
+def load_weights(model: torch.nn.Module, found: Tensors) -> None:
+    """Puts saved weights into a model of the same architecture."""
+    live = weights(model)
+    _check_names("weights", set(live), set(found))
+    with torch.no_grad():
+        for name, tensor in live.items():
+            if tensor.shape != found[name].shape:
+                raise RunError(f"{name} was saved as {tuple(found[name].shape)}, the model has {tuple(tensor.shape)}")
+            tensor.copy_(found[name])
+
+
+def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, found: Tensors) -> None:
+    """Gives the optimizer back what it remembered; nothing of what it was told (learning rates, decays)."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    by_parameter: dict[str, Tensors] = {}
+    for full_name, tensor in found.items():
+        key, _, name = full_name.partition(".")
+        by_parameter.setdefault(name, {})[key] = tensor
+    _check_names("parameters of the optimizer", set(by_parameter) - set(names.values()), set())
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {i: by_parameter[names[parameter]] for i, parameter in enumerate(order) if names[parameter] in by_parameter}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def read(checkpoint: Checkpoint, kind: str) -> Tensors:
+    """All shares of `model` or `optimizer`, whoever wrote them."""
+    found: Tensors = {}
+    for name in checkpoint.files():
+        if name.startswith(f"{kind}-") and name.endswith(".safetensors"):
+            found |= tensors.load(checkpoint.path / name)
+    return found
+
+
+def generators(device: torch.device) -> dict[str, Any]:
+    """The states of all generators of random numbers of this process, for JSON."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    states = {"torch": torch.get_rng_state()}
+    if device.type != "cpu":
+        states["device"] = torch.get_device_module(device).get_rng_state(device)
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+        **{key: base64.b64encode(state.numpy().tobytes()).decode() for key, state in states.items()},
+    }
+
+
+def load_generators(checkpoint: Checkpoint, rank: int, device: torch.device) -> None:
+    """Goes on with the random numbers of this rank."""
+    set_generators(json.loads((checkpoint.path / f"rank-{rank:05d}.json").read_text(encoding="utf-8")), device)
+
+
+def set_generators(saved: dict[str, Any], device: torch.device) -> None:
+    """Goes on with random numbers where `generators` was called."""
+    version, numbers, gauss = saved["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = saved["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(_bytes(saved["torch"]))
+    if "device" in saved and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(_bytes(saved["device"]), device)
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def _check_names(what: str, live: set[str], found: set[str]) -> None:
+    if live != found:
+        different = sorted(live ^ found)
+        raise RunError(f"{what} differ from the checkpoint's: {different[0]} (and {len(different) - 1} more)")

@@ -1,0 +1,83 @@
+"""The steps that count: those of all starts, without what was lost to an interruption or taken back."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from clm_dist.ledger.ledger import next_consumed, rewound
+
+Row = dict[str, Any]
+
+
+@dataclass
+class History:
+    """What a run did in the end."""
+
+    steps: list[Row] = field(default_factory=list)  # rows of the steps whose result is in the weights, in order
+    lost: list[Row] = field(default_factory=list)  # rows of steps that were done again, or taken back
+    passed_over: list[tuple[int, int]] = field(default_factory=list)  # positions of the stream left out by a rewind
+    starts: list[Row] = field(default_factory=list)
+    rewinds: int = 0
+    first: int = 0  # the step at which it began; more than 0 for a run that goes on from another's checkpoint
+    problems: list[str] = field(default_factory=list)
+    # what was consumed after each number of steps that was ever reached and still counts, and the cursor there
+    reached: dict[int, tuple[str, int]] = field(default_factory=dict)
+
+
+def history(rows: list[Row]) -> History:
+    """Walks through the rows as the run did."""
+    found = History()
+    for row in rows:
+        if row["event"] == "start":
+            _start(found, row)
+        elif row["event"] == "step":
+            _step(found, row)
+        elif row["event"] == "rewind":
+            _rewind(found, row)
+    return found
+
+
+def _start(found: History, row: Row) -> None:
+    step = row["step"]
+    if not found.starts:
+        found.first, found.reached = step, {step: (row["consumed"], row["cursor"])}
+    elif found.reached.get(step) != (row["consumed"], row["cursor"]):
+        found.problems.append(f"a start at step {step} goes on from what this run never was")
+    found.starts.append(row)
+    _drop(found, step)
+
+
+def _step(found: History, row: Row) -> None:
+    step = row["step"]
+    before = found.reached.get(step - 1)
+    if before is None or (found.steps and found.steps[-1]["step"] != step - 1):
+        found.problems.append(
+            f"step {step} follows upon step {found.steps[-1]['step'] if found.steps else found.first}"
+        )
+        before = before or ("", row["from"])
+    consumed, cursor = before
+    if row["from"] != cursor:
+        found.problems.append(f"step {step} reads from position {row['from']}, step {step - 1} ended at {cursor}")
+    if row["consumed"] != next_consumed(consumed, step, row["from"], row["to"], row["digest"], row["update"]):
+        found.problems.append(f"step {step}: its hash of what was consumed is not that of the steps before it")
+    found.steps.append(row)
+    found.reached[step] = (row["consumed"], row["to"])
+
+
+def _rewind(found: History, row: Row) -> None:
+    step = row["step"]
+    consumed, cursor = found.reached.get(step, ("", row["cursor"]))
+    if row["consumed"] != rewound(consumed, step, row["cursor"]):
+        found.problems.append(f"a rewind goes back to step {step}, which this run never reached so")
+    _drop(found, step)
+    found.rewinds += 1
+    found.passed_over.append((cursor, row["cursor"]))
+    found.reached[step] = (row["consumed"], row["cursor"])
+
+
+def _drop(found: History, step: int) -> None:
+    """Everything after `step` counts no more."""
+    found.lost += [row for row in found.steps if row["step"] > step]
+    found.steps = [row for row in found.steps if row["step"] <= step]
+    found.reached = {number: value for number, value in found.reached.items() if number <= step}
+    end = found.reached[step][1] if step in found.reached else 0
+    found.passed_over = [part for part in found.passed_over if part[1] <= end]

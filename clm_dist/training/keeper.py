@@ -1,0 +1,233 @@
+"""What makes a run survive: its state restored and saved, its numbers agreed on, its way written down.
+
+The loop asks it what to do about a step; everything that can go wrong between two steps is dealt with here.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from clm_dist.checkpoint import content
+from clm_dist.checkpoint.folder import Checkpoint
+from clm_dist.config import Config
+from clm_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, RunEnded, RunError
+from clm_dist.training import offence, run_folder
+from clm_dist.training.agreement import Agreement
+from clm_dist.training.batches import Batches
+from clm_dist.training.compare import compare_ranks
+from clm_dist.training.health import Verdict, judge, remember
+from clm_dist.training.job import Job
+from clm_dist.training.logbook import Logbook
+from clm_dist.training.resume import choose, settle
+from clm_dist.training.saver import Saver
+from clm_dist.training.state import TrainState
+from clm_dist.training.time_limit import time_limit
+from clm_dist.versions import versions
+from clm_dist.watch.watch import STOP_FILE, Watch
+
+REWINDS = 5  # to one checkpoint; more mean that the data is not what is wrong
+
+
+class Keeper:
+    """Of one run. Every rank has one and makes every call; the main process writes."""
+
+    def __init__(
+        self, accelerator: Accelerator, config: Config, job: Job, model: Any, optimizer: Any, watch: Watch
+    ) -> None:
+        self.accelerator, self.config, self.job, self.watch = accelerator, config, job, watch
+        self.run = Path(config.run_dir)
+        self.state = TrainState()
+        self.tracker_ids: dict[str, str] = {}
+        self.agreement = Agreement(accelerator, watch)
+        self.saver = Saver(accelerator, config, model, optimizer, self.run, watch)
+        self.logbook = Logbook(accelerator, config, job, self.run)
+        self._rewinds: dict[int, int] = {}
+        self._limit = time_limit(config.train.stop_after, watch.began) if accelerator.is_main_process else float("inf")
+
+    @property
+    def leaving(self) -> bool:
+        """Whether all ranks agreed to stop."""
+        return self.agreement.stop
+
+    def restore(self) -> None:
+        """Goes on from the newest checkpoint that verifies, or begins. Every rank must call this."""
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process and not self.job.overwrite:
+            choice = choose(self.config, self.job.data_sha256, reread=True)
+            found = [choice.checkpoint]
+            for line in choice.lines():
+                self.say(line)
+        [checkpoint] = broadcast_object_list(found)
+        saved = self._load(checkpoint) if checkpoint is not None else {}
+        self.tracker_ids = saved.get("trackers", {})
+        if self.accelerator.is_main_process:
+            for line in settle(self.config, self.job, self.accelerator, checkpoint, saved):
+                self.say(line)
+        self.accelerator.wait_for_everyone()
+        self.logbook.start(self.state, self.watch.began)
+        self.watch.enter("training", self.state.step)
+        self.watch.deadline = self._deadline
+        self.watch.may_leave = False  # from now on there is something to lose
+        policies = (self.config.train.on_nonfinite, self.config.train.on_spike)
+        if checkpoint is None and "rewind" in policies:
+            self._save(wait=True)  # there has to be something to go back to
+
+    def verdict(self, nll: torch.Tensor, grad_norm: torch.Tensor, batches: Batches, tokens: int) -> str:
+        """What to do about a step, agreed on by all ranks before the update: update, skip or rewind. Every rank must call
+        this; the step's only sync beside the gradients.
+
+        nll: this rank's summed nats of the step. tokens: scored tokens of all ranks.
+        """
+        # under a scaler gradients overflow now and then by design, and it sees to that itself
+        bad = float(not torch.isfinite(grad_norm)) if self.accelerator.scaler is None else 0.0
+        total, bad_ranks, digest = self.agreement.sum(nll, bad, batches.digest)
+        self.logbook.read(int(digest), batches.seconds)
+        loss = total / tokens
+        found = judge(loss, bad_ranks == 0, self.state.losses, self.config.train)
+        if found.action == "update":
+            remember(self.state.losses, loss)
+            self.state.nll += total
+            self.state.tokens += tokens
+        else:
+            self._deal_with(found, nll)
+        return found.action
+
+    def advance(self, verdict: str) -> None:
+        """A step is done. Every rank must call this."""
+        state, start = self.state, self.state.cursor
+        state.step, state.steps = state.step + 1, state.steps + 1
+        state.cursor += self.job.plan.global_batch_size
+        state.consumed = self.logbook.step(state, start, verdict == "update")
+        self.watch.step = state.step
+
+    def after_step(self, lr: float) -> None:
+        """Compares and saves where that is due. Every rank must call this."""
+        step, state = self.state.step, self.state
+        if step % self.config.train.compare_ranks_every == 0:
+            compare_ranks(self.accelerator, self.saver.model, lr, state.cursor)
+        if step % self.config.checkpoint.save_every == 0 and not self.leaving:
+            self._save(wait=not self.config.checkpoint.asynchronous)
+        self.saver.check()
+        self._tell_problem()
+        self.logbook.mark()
+
+    def end(self) -> None:
+        """The last save; leaves where that was asked for. Every rank must call this."""
+        self._save_surely()
+        if self.leaving:
+            code = EXIT_INTERRUPTED if self.agreement.interrupted else EXIT_PREEMPTED
+            self.logbook.end(self.state.step, "interrupted" if self.agreement.interrupted else "preempted")
+            (self.run / STOP_FILE).unlink(missing_ok=True)
+            reason = self.watch.reason or "another process's wish"
+            message = f"stopped by {reason}; saved at step {self.state.step:,}, the same command goes on from there"
+            raise RunEnded(message if self.accelerator.is_main_process else None, code)
+        self.watch.let_leave()
+
+    def say(self, line: str) -> None:
+        """A line on the screen, once."""
+        if self.accelerator.is_main_process:
+            print(line, flush=True)
+
+    def _deal_with(self, found: Verdict, nll: torch.Tensor) -> None:
+        """Keeps the offending batch, and stops or goes back where the recipe says so. Every rank must call this."""
+        step = self.state.step + 1
+        cause = offence.keep(
+            self.accelerator, self.config, self.saver.model, self.state, self.job.plan, nll, found.cause
+        )
+        what = f"step {step}: {cause}"
+        self.say(f"{what}; {found.action}; kept: `clm-dist replay {self.run} {step}`")
+        if found.action == "stop":
+            self._save_surely()
+            self.logbook.end(self.state.step, "failed")
+            raise RunError(
+                f"{what}; saved before it. `clm-dist replay {self.run} {step}` shows it; train.on_nonfinite and "
+                "train.on_spike (skip, rewind) say how to go on"
+            )
+        if found.action == "rewind":
+            self._rewind(found.cause)
+
+    def _rewind(self, cause: str) -> None:
+        """Back to the last good checkpoint, and past the data up to here. Every rank must call this."""
+        self.saver.wait()
+        cursor = self.state.cursor + self.job.plan.global_batch_size
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            found = [choose(self.config, self.job.data_sha256, reread=True).checkpoint]
+        [checkpoint] = broadcast_object_list(found)
+        if checkpoint is None:
+            raise RunError(f"{cause}, and there is no checkpoint to go back to")
+        saved = self._load(checkpoint)
+        self._rewinds[self.state.step] = self._rewinds.get(self.state.step, 0) + 1
+        if self._rewinds[self.state.step] > REWINDS:
+            raise RunError(
+                f"{cause}; went back to step {self.state.step} {REWINDS} times already: the data is not the cause"
+            )
+        if self.accelerator.is_main_process:
+            run_folder.cut(self.config.run_dir, saved["files"])
+        self.state.cursor = cursor
+        self.state.consumed = self.logbook.rewind(self.state, cause)
+        self.watch.step = self.state.step
+        self.say(f"back to step {self.state.step:,}; the data goes on at block {cursor:,} of the stream")
+        self.saver.forget()  # the same step with another cursor is another state
+
+    def _load(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Becomes what was saved; returns state.json. Every rank must call this."""
+        saved = checkpoint.state()
+        content.load_weights(self.saver.model, content.read(checkpoint, "model"))
+        content.load_optimizer(self.saver.model, self.saver.optimizer, content.read(checkpoint, "optimizer"))
+        self.state.restore(saved)
+        accelerator = self.accelerator
+        if saved["world_size"] == accelerator.num_processes:  # else every rank's go by (seed, rank) as at the start
+            content.load_generators(checkpoint, accelerator.process_index, accelerator.device)
+        if accelerator.scaler is not None and "scaler" in saved:
+            accelerator.scaler.load_state_dict(saved["scaler"])
+        self.saver.restored(self.state.step)
+        self.say(
+            f"resumed at step {self.state.step:,} from {checkpoint.path} "
+            f"({saved['world_size']} processes then, {accelerator.num_processes} now)"
+        )
+        return saved
+
+    def _save(self, wait: bool) -> None:
+        """One checkpoint. Every rank must call this."""
+        facts: dict[str, Any] = {}
+        if self.accelerator.is_main_process:
+            self.logbook.sync()
+            facts = {
+                "data": self.job.data_sha256,
+                "files": run_folder.lengths(self.config.run_dir),
+                "trackers": self.tracker_ids,
+                "resumed_from": self.config.train.resume,
+                "versions": versions(),
+            }
+        with self.watch.during("saving"), self.logbook.timed("save", self.state.step):
+            self.saver.save(self.state, facts, wait)
+
+    def _save_surely(self) -> None:
+        """A checkpoint of now, or a RunError on all ranks. Every rank must call this."""
+        self.saver.wait()
+        if self._any_problem():
+            self._tell_problem()
+            self.saver.forget()
+        self._save(wait=True)
+        if self._any_problem():
+            last = f"the newest good one is of step {self.saver.newest}" if self.saver.newest >= 0 else "there is none"
+            raise RunError(f"{self.saver.problem or 'the checkpoint failed'}; {last}")
+
+    def _any_problem(self) -> bool:
+        return self.agreement.sum(float(self.saver.problem is not None))[0] > 0
+
+    def _tell_problem(self) -> None:
+        problem = self.saver.problem
+        if problem is not None and problem != self._told:
+            self.say(f"{problem}; training goes on, older checkpoints are kept")
+            self._told = problem
+
+    _told: str | None = None
+
+    def _deadline(self) -> float:
+        """By when to ask for a stop (monotonic): what the newest save took, twice, and two steps, before the limit."""
+        return self._limit - 2 * self.state.save_seconds - 2 * self.logbook.step_seconds - 1

@@ -1,0 +1,58 @@
+"""A step whose numbers were bad: its batch and the weights that met it, kept for `clm-dist replay`."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from clm_dist import recipe
+from clm_dist.checkpoint import content, tensors
+from clm_dist.config import Config
+from clm_dist.training.plan import Plan
+from clm_dist.training.state import TrainState
+
+MOST = 8  # kept with their weights; a run that skips thousands must not fill the disk
+BATCH, WEIGHTS = "batch.json", "model.safetensors"
+
+
+def folder(run: Path, step: int) -> Path:
+    """Where an offending step is kept; after a rewind the same step may offend again, with other data."""
+    return run / "offending" / f"step-{step:08d}"
+
+
+def keep(
+    accelerator: Accelerator, config: Config, model: Any, state: TrainState, plan: Plan, nll: torch.Tensor, cause: str
+) -> str:
+    """Writes down the step under way, before its update; returns the cause with the ranks at fault. Every rank must call
+    this."""
+    ranks = accelerator.gather(nll.detach().double().reshape(1)).tolist()
+    bad = [str(rank) for rank, one in enumerate(ranks) if not math.isfinite(one)]
+    if bad:
+        cause += f" (that of rank {', '.join(bad)} of {len(ranks)})"
+    if accelerator.is_main_process:
+        _write(config, model, state, plan, ranks, cause)
+    return cause
+
+
+def _write(config: Config, model: Any, state: TrainState, plan: Plan, ranks: list[float], cause: str) -> None:
+    place = folder(Path(config.run_dir), state.step + 1)
+    if place.exists() or (place.parent.is_dir() and len(list(place.parent.iterdir())) >= MOST):
+        return
+    place.mkdir(parents=True)
+    batch = {
+        "step": state.step + 1,
+        "cursor": state.cursor,
+        "world_size": plan.world_size,
+        "micro_batch_size": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "global_batch_size": plan.global_batch_size,
+        "num_blocks": plan.num_blocks,
+        "cause": cause,
+        "nll_of_ranks": [str(one) for one in ranks],  # text: JSON has no NaN
+    }
+    (place / "config.yaml").write_text(recipe.dump(config), encoding="utf-8")
+    tensors.save(place / WEIGHTS, {name: tensor.detach().cpu() for name, tensor in content.weights(model).items()})
+    (place / BATCH).write_text(json.dumps(batch, indent=1) + "\n", encoding="utf-8")

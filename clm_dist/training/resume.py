@@ -1,0 +1,127 @@
+"""Which checkpoint a start goes on from, and whether it may: said before anything is launched or loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+
+from clm_dist.checkpoint import folder
+from clm_dist.checkpoint.folder import Checkpoint, checkpoints
+from clm_dist.checkpoint.sameness import differences, saved_configuration
+from clm_dist.config import Config
+from clm_dist.errors import ConfigError, UserError, nearest
+from clm_dist.recipe import leaves
+from clm_dist.training import run_folder
+from clm_dist.watch.watch import STOP_FILE
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The newest checkpoint that verifies, and why newer ones were passed over."""
+
+    checkpoint: Checkpoint | None
+    passed_over: list[tuple[Checkpoint, str]]
+
+    def lines(self) -> list[str]:
+        """What the screen says of it."""
+        return [f"passed over {one.path.name}: {why}" for one, why in self.passed_over]
+
+
+def choose(config: Config, data: str, reread: bool) -> Choice:
+    """Looks at all checkpoints that the recipe may mean, newest first; UserError where it may not go on.
+
+    data: hash of the prepared data. reread: hash the files, too; without, half a look that takes no time.
+    """
+    asked = config.train.resume
+    if asked == "never":
+        return Choice(None, [])
+    if asked == "auto":
+        candidates = checkpoints(Path(config.run_dir) / "checkpoints")
+    else:
+        candidates = [Checkpoint(Path(asked))]
+        if problem := candidates[0].problem(reread):
+            raise UserError(
+                f"train.resume={asked}: {problem}; name a whole checkpoint, or auto for the newest of run_dir"
+            )
+    passed_over: list[tuple[Checkpoint, str]] = []
+    for one in candidates:
+        problem = one.problem(reread)
+        if problem is None:
+            _check_same(config, one, data, passed_over)
+            return Choice(one, passed_over)
+        passed_over.append((one, problem))
+    return Choice(None, passed_over)
+
+
+def settle(
+    config: Config, job: Any, accelerator: Accelerator, checkpoint: Checkpoint | None, saved: dict[str, Any]
+) -> list[str]:
+    """Makes the run folder that of the state that was restored; returns what to say. On the main process, which has
+    claimed it. saved: the checkpoint's state.json."""
+    run = Path(config.run_dir)
+    place = run / "checkpoints"
+    (run / STOP_FILE).unlink(missing_ok=True)  # it was meant for an earlier start
+    begins = not run_folder.is_run(config.run_dir) or job.overwrite
+    if begins:
+        commit = getattr(job.model_configuration, "_commit_hash", None)
+        run_folder.create(config, accelerator, commit, job.overwrite)
+    folder.clear(place)
+    own = checkpoint is not None and checkpoint.path.parent.resolve() == place.resolve()
+    said = run_folder.cut(config.run_dir, saved["files"] if own else {})
+    if not begins:
+        run_folder.go_on(config, saved.get("step", 0))
+    for one in checkpoints(place):
+        if one.step > saved.get("step", -1):  # damaged, or of a way that is not gone any further
+            said.append(f"set aside: {folder.set_aside(place, one)}")
+    return said
+
+
+def check_same_run(config: Config, run: Path) -> None:
+    """Refuses a run folder that began with another configuration, and was never saved since."""
+    path = run / "config.yaml"
+    saved = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not isinstance(saved, dict):
+        return  # killed while it was made: nothing in it yet
+    fields = differences(saved, config, data_changed=None)
+    if config.train.resume not in ("auto", saved.get("train", {}).get("resume")):
+        fields["train.resume"] = f"it did not begin from {config.train.resume}"
+    if fields:
+        raise UserError(
+            f"run_dir={config.run_dir} holds another run ({_listed(fields)}); set another run_dir to keep both, or add "
+            "--overwrite to replace it"
+        )
+
+
+def check_changes(config: Config) -> None:
+    """Refuses names in train.resume_changes that are no fields."""
+    known = [name for name, _ in leaves()]
+    wrong = [name for name in config.train.resume_changes if name not in known and not name.startswith("model.config.")]
+    if wrong:
+        raise ConfigError(
+            [f"train.resume_changes names {name}, which is no field{nearest(name, known)}" for name in wrong]
+        )
+
+
+def _descends(one: Checkpoint, asked: str) -> bool:
+    return one.problem(reread=False) is None and one.state().get("resumed_from") == asked
+
+
+def _check_same(config: Config, one: Checkpoint, data: str, passed_over: list[tuple[Checkpoint, str]]) -> None:
+    fields = differences(saved_configuration(one), config, data_changed=one.state().get("data") != data)
+    meant = config.train.resume_changes
+    refused = {name: values for name, values in fields.items() if name not in meant}
+    if not refused:
+        return
+    what = "other data" if all(name.startswith("data.") for name in refused) else "another configuration"
+    lines = [
+        f"{one.path} is of {what}: {_listed(refused)}; set another run_dir to keep both, --overwrite to begin anew, or, if "
+        f"the change is meant, train.resume_changes=[{','.join(refused)}]",
+        *(f"passed over {other.path.name}: {why}" for other, why in passed_over),
+    ]
+    raise ConfigError(lines)
+
+
+def _listed(fields: dict[str, str]) -> str:
+    return ", ".join(f"{name}: {values}" for name, values in fields.items())
