@@ -40,6 +40,8 @@ class Checkpoint:
     def problem(self, reread: bool = True) -> str | None:
         """Why it cannot be trusted; None if it can. reread: hash the files, too, which takes a second per gigabyte or so."""
         mark, manifest = self.path / MARK, self.path / MANIFEST
+        if not self.path.is_dir():
+            return "there is no such folder"
         if not mark.is_file():
             return "half-written: it has no commit mark"
         if not manifest.is_file():

@@ -14,7 +14,6 @@ from clm_dist.config import Config
 from clm_dist.errors import ConfigError, UserError, nearest
 from clm_dist.recipe import leaves
 from clm_dist.training import run_folder
-from clm_dist.watch.watch import STOP_FILE
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,14 @@ def choose(config: Config, data: str, reread: bool) -> Choice:
     if asked == "auto":
         candidates = checkpoints(Path(config.run_dir) / "checkpoints")
     else:
-        candidates = [Checkpoint(Path(asked))]
-        if problem := candidates[0].problem(reread):
+        # the same command again goes on from what came of it
+        own = [one for one in checkpoints(Path(config.run_dir) / "checkpoints") if _descends(one, asked)]
+        named = Checkpoint(Path(asked))
+        if not own and (problem := named.problem(reread)):
             raise UserError(
                 f"train.resume={asked}: {problem}; name a whole checkpoint, or auto for the newest of run_dir"
             )
+        candidates = [*own, named]
     passed_over: list[tuple[Checkpoint, str]] = []
     for one in candidates:
         problem = one.problem(reread)
@@ -62,7 +64,6 @@ def settle(
     claimed it. saved: the checkpoint's state.json."""
     run = Path(config.run_dir)
     place = run / "checkpoints"
-    (run / STOP_FILE).unlink(missing_ok=True)  # it was meant for an earlier start
     begins = not run_folder.is_run(config.run_dir) or job.overwrite
     if begins:
         commit = getattr(job.model_configuration, "_commit_hash", None)

@@ -20,7 +20,7 @@ from clm_dist.config import Config
 from clm_dist.errors import EXIT_FAILED, RunEnded, UserError
 from clm_dist.versions import versions
 from clm_dist.watch.failure import FAILURE, hostname, set_aside
-from clm_dist.watch.watch import FOLDER, Watch
+from clm_dist.watch.watch import FOLDER, STOP_FILE, Watch
 
 # What train and the commands after it write; --overwrite removes these and nothing else.
 CONTENTS = (
@@ -91,6 +91,7 @@ def joined(config: Config, accelerator: Any, watch: Watch) -> Iterator[None]:
             set_aside(folder)
             shutil.rmtree(folder / FOLDER, ignore_errors=True)
             (folder / FOLDER).mkdir()
+            (folder / STOP_FILE).unlink(missing_ok=True)  # it was meant for an earlier start
         accelerator.wait_for_everyone()
         watch.join(folder, config.train.hang_seconds)
         yield

@@ -185,12 +185,12 @@ class Watch:
     def _look_for_the_stuck(self, now: float) -> None:
         """Names who holds us up, before the limit is over. Looks at others only when there is a reason to."""
         idle = now - self._moved
-        if idle < self._limit / 2:
+        if idle < 0.4 * self._limit:
             return
         self._observation.look()
         if idle < 0.85 * self._limit:
             return
-        verdict = self._observation.judge(patience=min(0.3 * self._limit, 30))
+        verdict = self._observation.judge(patience=min(0.25 * self._limit, 30))
         if verdict is None:
             return
         found = self._of(verdict)

@@ -34,7 +34,7 @@ def prepare(folder: Path, steps: int, **train) -> Path:
         folder,
         model=model,
         optim={"lr": 3e-3, "schedule": "cosine", "warmup_steps": 10},
-        train={"max_steps": steps, "micro_batch_size": 3, "log_every": 3, "hang_seconds": 60, **train},
+        train={"max_steps": steps, "micro_batch_size": 2, "log_every": 3, "hang_seconds": 60, **train},
         checkpoint={"save_every": 7, "keep_last": 2},
         evaluate={"every_steps": 20},
     )

@@ -1,0 +1,215 @@
+"""The promise: a run that is interrupted in any way gives what one that never was gives; and what fails is named.
+
+Each case is launched for real, with two processes, through the same launcher as the users' own.
+"""
+
+import json
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import launch, read_rows, run_command
+from crash import Start, compare, crash_test, prepare, wait_for
+from safetensors.numpy import load_file
+
+pytestmark = pytest.mark.distributed
+FAULTY = Path(__file__).parent / "faulty.py"
+STEPS = 36
+PHASES = ["preparing", "data", "micro-step", "evaluation", "saving", "exporting"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A recipe with accumulation, dropout, evaluations and saves; its data; and the run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("recovery")
+    prepare(folder, STEPS)
+    reference = Start(folder / "recipe.yaml", folder / "reference", 2)
+    assert reference.wait() == 0, reference.log.read_text()
+    return folder
+
+
+def faulty(folder, run, fault, *overrides):
+    """A start with a fault; the launcher's result, the seconds it took, and failure.json."""
+    began = time.monotonic()
+    env = {"CLM_DIST_FAULT": fault}
+    done = launch(2, "train", folder / "recipe.yaml", f"run_dir={run}", *overrides, script=FAULTY, env=env)
+    failure = json.loads((run / "failure.json").read_text()) if (run / "failure.json").exists() else None
+    return done, time.monotonic() - began, failure
+
+
+@pytest.mark.parametrize("place", PHASES)
+def test_an_exception_on_one_rank_ends_all_and_is_named(folder, tmp_path, place):
+    phase = {"data": "training", "micro-step": "training"}.get(place, place)
+    done, _, failure = faulty(folder, tmp_path / "run", f"{place}:raise:1")
+    assert done.code == 1
+    assert failure["rank"] == 1 and failure["world_size"] == 2 and failure["host"]
+    assert failure["error"] == f"ValueError: injected while {place}" and "faulty.py" in failure["traceback"]
+    assert failure["phase"] in (phase, "training")  # what goes wrong behind training's back comes up in training
+    assert time.time() - failure["time"] < 10  # and the other rank, and the launcher, are gone since
+    assert len(re.findall("clm-dist train: ", done.err)) == 1  # one line, not one of each victim
+    assert f"failed: rank 1 of 2 on {failure['host']}" in done.err
+    again = launch(2, "train", folder / "recipe.yaml", f"run_dir={tmp_path / 'run'}")
+    assert again.code == 0, again.err
+    assert not (tmp_path / "run" / "failure.json").exists() and list((tmp_path / "run" / "failures").iterdir())
+    assert compare(tmp_path / "run", folder / "reference") == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("data:kill:1:9", "its process is gone"),
+        ("data:hang:1:9", "no progress for"),
+        ("data:stop:1:9", "no sign of life for"),
+    ],
+)
+def test_a_rank_that_is_gone_or_stuck_is_named(folder, tmp_path, fault, reason):
+    done, _, failure = faulty(folder, tmp_path / "run", fault, "train.hang_seconds=8")
+    assert done.code == 1
+    assert failure["rank"] == 1 and failure["phase"] == "training", failure
+    assert failure["error"].startswith(reason) and "Thread" not in failure["error"]
+    if "hang" in fault:
+        assert "time.sleep(3600)" in failure["traceback"]  # where it hangs
+        assert failure["step"] == 9
+    last = read_rows(tmp_path / "run" / "ledger.jsonl")[-1]
+    assert failure["time"] - last["time"] < 8  # named within the limit
+    assert f"failed: rank 1 of 2 on {failure['host']}" in done.err
+
+
+def test_a_bad_number_on_one_rank_is_everybodys_and_can_be_replayed(folder, tmp_path):
+    """Stop: saved before it. Skip: the update is withheld. Rewind: back, and past the data."""
+    fault = "loss:nan:1:40"  # rank 1's second micro-batch of step 14, of three
+    done, _, failure = faulty(folder, tmp_path / "stop", fault)
+    assert done.code == 1 and "step 14: the loss is nan (that of rank 1 of 2)" in failure["error"], done.err
+    assert json.loads((tmp_path / "stop/checkpoints/step-00000013/state.json").read_text())["step"] == 13
+    weights = {}
+    for action in ("skip", "rewind"):
+        run = tmp_path / action
+        done, _, failure = faulty(folder, run, fault, f"train.on_nonfinite={action}")
+        assert done.code == 0 and failure is None, done.err
+        assert f"step 14: the loss is nan (that of rank 1 of 2); {action}" in done.out
+        rows = read_rows(run / "ledger.jsonl")
+        weights[action] = load_file(run / "model" / "model.safetensors")
+        verified = run_command("verify", run)
+        assert verified.code == 0, verified.err
+        if action == "skip":
+            assert [row["step"] for row in rows if row["event"] == "step" and not row["update"]] == [14]
+            assert "1 updates withheld" in verified.out
+        else:
+            [back] = [row for row in rows if row["event"] == "rewind"]
+            assert (back["step"], back["cursor"]) == (7, 14 * 12)  # the checkpoint of step 7; 14 steps of 12 blocks
+            assert "84 blocks passed over in 1 rewinds" in verified.out
+    assert any((weights["skip"][name] != weights["rewind"][name]).any() for name in weights["skip"])
+
+
+def test_replay_shows_the_batch_that_overflows(folder, tmp_path):
+    """A weight that is infinite for one token: whichever rank meets it, and `replay` meets it again in one process."""
+    from safetensors.torch import load_file as load
+    from safetensors.torch import save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(folder / "reference" / "model", model)
+    weights = load(model / "model.safetensors")
+    weights["transformer.wte.weight"][261] = 1e38
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    run = tmp_path / "run"
+    overrides = [
+        "model.type=null",
+        "model.config={}",
+        f"model.name={model}",
+        f"run_dir={run}",
+        "train.micro_batch_size=1",
+    ]
+    done = launch(2, "train", folder / "recipe.yaml", *overrides)
+    assert done.code == 1, done.err
+    failure = json.loads((run / "failure.json").read_text())
+    step = int(re.search(r"step (\d+): the loss is", failure["error"])[1])
+    ranks = re.search(r"that of rank ([\d, ]+) of 2", failure["error"])[1].split(", ")
+    replayed = run_command("replay", run, step)
+    assert replayed.code == 0, replayed.err
+    rows = [line.split() for line in replayed.out.splitlines()[2:]]
+    assert len(rows) == 12  # each micro-batch of each rank
+    assert sorted({row[0] for row in rows if row[2] in ("nan", "inf")}) == ranks
+    assert "not finite in transformer.wte.weight" in replayed.out
+    assert run_command("replay", run, step + 1).code == 2
+
+
+def test_ranks_that_differ_are_found(folder, tmp_path):
+    done, _, failure = faulty(folder, tmp_path / "run", "update:flip:1:12", "train.compare_ranks_every=5")
+    assert done.code == 1
+    assert "the ranks hold different weights: transformer.wte.weight differs first (rank" in failure["error"], done.err
+    assert failure["step"] == 15
+
+
+def test_worlds_of_other_sizes_go_on_with_the_same_blocks(folder, tmp_path):
+    """1, 2, 3 and 1 processes in one run. Dropout goes by micro-batches, which stay the same size."""
+    run = tmp_path / "run"
+    for processes, steps in ((1, 9), (2, 16), (3, 25), (1, None)):
+        start = Start(folder / "recipe.yaml", run, processes)
+        if steps is not None:
+            assert wait_for(lambda steps=steps: reached(run) >= steps, 60), start.log.read_text()
+            start.send(signal.SIGTERM, "all")
+        assert start.wait() == (0 if steps is None else 75), start.log.read_text()
+    rows = read_rows(run / "ledger.jsonl")
+    assert [row["world_size"] for row in rows if row["event"] == "start"] == [1, 2, 3, 1]
+    verified = run_command("verify", run)
+    assert verified.code == 0, verified.err
+    reference = folder / "reference"
+    assert last(run)["consumed"] == last(reference)["consumed"]  # exactly the same blocks in the same steps
+    losses = [
+        [row["train/loss"] for row in read_rows(one / "metrics.jsonl") if "train/loss" in row]
+        for one in (run, reference)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == STEPS / 3
+
+
+def reached(run):
+    """The newest step in a ledger that may be in the midst of a row."""
+    try:
+        return json.loads((run / "ledger.jsonl").read_text().splitlines()[-1])["step"]
+    except (OSError, ValueError, IndexError):
+        return -1
+
+
+def last(run):
+    return [row for row in read_rows(run / "ledger.jsonl") if row["event"] == "step"][-1]
+
+
+def interrupted_everywhere(folder, run, number, target):
+    """Sends a signal in each phase, one start after the other; every start goes on from where the last one left."""
+    marker = run.with_suffix(".marker")
+    for place in PHASES:
+        marker.unlink(missing_ok=True)
+        env = {"CLM_DIST_FAULT": f"{place}:pause", "CLM_DIST_MARKER": str(marker)}
+        start = Start(folder / "recipe.yaml", run, 2, env=env, script=FAULTY)
+        assert wait_for(marker.exists, 60), (place, start.log.read_text())
+        start.send(number, target)
+        code = start.wait(40)
+        assert code == 75, (place, code, start.log.read_text()[-3000:])
+    last_start = Start(folder / "recipe.yaml", run, 2)
+    assert last_start.wait() == 0, last_start.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("target", ["rank", "launcher", "all"])
+def test_a_signal_in_every_phase(folder, tmp_path, number, target):
+    interrupted_everywhere(folder, tmp_path / "run", number, target)
+    assert compare(tmp_path / "run", folder / "reference") == []
+
+
+def test_a_signal_to_one_rank(folder, tmp_path):
+    """The others have not heard it, and stop at the same step."""
+    start = Start(folder / "recipe.yaml", tmp_path / "run", 2)
+    assert wait_for(lambda: reached(tmp_path / "run") >= 5, 60)
+    start.send(signal.SIGUSR1, "rank")
+    assert start.wait() == 75, start.log.read_text()
+    assert Start(folder / "recipe.yaml", tmp_path / "run", 2).wait() == 0
+    assert compare(tmp_path / "run", folder / "reference") == []
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path):
+    assert crash_test(tmp_path, kills=25, processes=2, steps=400, signals=["KILL"], seed=11) == []
