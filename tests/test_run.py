@@ -19,7 +19,7 @@ from clm_dist.model.loss import next_token_nll
 def test_the_run_folder(trained):
     names = {path.name for path in (trained / "run").iterdir()}
     expected = {"config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "ledger.jsonl", "checkpoints"}
-    assert names == {*expected, "model", "model_best", ".lock", ".watch"}
+    assert names == {*expected, "model", "model_best", ".lock"}
     environment = json.loads((trained / "run" / "environment.json").read_text())
     assert environment["processes"] == 1
     assert environment["versions"]["torch"] == torch.__version__

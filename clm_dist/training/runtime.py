@@ -74,6 +74,20 @@ def start(mixed_precision: str) -> Accelerator:
     return accelerator
 
 
+def settle_buckets(model: torch.nn.Module, device: torch.device, block_size: int) -> None:
+    """One pass whose gradients are thrown away, before the first step of every start. Every rank must call this.
+
+    DDP exchanges gradients in buckets, and after its first backward pass makes them anew, in the order in which gradients
+    came (`Reducer::rebuild_buckets`). Where a value lies in a bucket decides in which order three or more ranks add it up:
+    without this the first step after a resume would round otherwise than the same step of a run that went on.
+    """
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        model.train()
+        ids = torch.zeros(1, block_size, dtype=torch.int64, device=device)
+        model(input_ids=ids).logits.sum().backward()
+        model.zero_grad()
+
+
 def finish(accelerator: Accelerator) -> None:
     """The last barrier, then the process group is taken down. Every rank must call this."""
     accelerator.wait_for_everyone()

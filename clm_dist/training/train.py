@@ -23,7 +23,7 @@ from clm_dist.training.keeper import Keeper
 from clm_dist.training.observer import Observer
 from clm_dist.training.optimizer import make_optimizer, set_lr
 from clm_dist.training.plan import Plan
-from clm_dist.training.runtime import finish, start
+from clm_dist.training.runtime import finish, settle_buckets, start
 from clm_dist.training.schedule import lr_at
 from clm_dist.watch.watch import Watch
 
@@ -46,6 +46,7 @@ def train(config: Config, overwrite: bool = False, watch: Watch | None = None) -
         model, optimizer = accelerator.prepare(model, make_optimizer(model, config.optim))
         keeper = Keeper(accelerator, config, job, model, optimizer, watch)
         keeper.restore()
+        settle_buckets(model, accelerator.device, plan.block_size)
         observer = Observer(accelerator, config, job, model, keeper)
         observer.begin()
         loop(accelerator, config, job, model, optimizer, keeper, observer)

@@ -19,6 +19,7 @@ import clm_dist.training.observer as observing
 import clm_dist.training.train as training
 from clm_dist.checkpoint import tensors
 from clm_dist.cli import main
+from clm_dist.training.agreement import Agreement
 
 PLACE, ACTION, RANK, TIMES, *_ = [*os.environ.get("CLM_DIST_FAULT", "none:none").split(":"), "", ""]
 seen = {}
@@ -110,6 +111,23 @@ before(exporting, "_set_generation_defaults", "exporting on the main process")
 training.window = inside_steps(training.window)
 training.next_token_nll = spoilt(training.next_token_nll)
 training.make_optimizer = flipping(training.make_optimizer)
+
+
+def local_flag(original):
+    """A rank stops when it was told to, whatever the others know: the wrong idiom."""
+
+    def agree(self, *values):
+        result = original(self, *values)
+        self.stop = self.watch.reason is not None
+        return result
+
+    return agree
+
+
+if ACTION == "unsettled":  # DDP's buckets as they come: other ones in the first step of a start than in the next
+    training.settle_buckets = lambda *_: None
+if ACTION == "local-flag":
+    Agreement.sum = local_flag(Agreement.sum)
 
 if __name__ == "__main__":
     from clm_dist.watch.outcome import write_outcome

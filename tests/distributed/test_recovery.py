@@ -40,21 +40,23 @@ def faulty(folder, run, fault, *overrides):
     return done, time.monotonic() - began, failure
 
 
-@pytest.mark.parametrize("place", PHASES)
-def test_an_exception_on_one_rank_ends_all_and_is_named(folder, tmp_path, place):
-    phase = {"data": "training", "micro-step": "training"}.get(place, place)
-    done, _, failure = faulty(folder, tmp_path / "run", f"{place}:raise:1")
-    assert done.code == 1
-    assert failure["rank"] == 1 and failure["world_size"] == 2 and failure["host"]
-    assert failure["error"] == f"ValueError: injected while {place}" and "faulty.py" in failure["traceback"]
-    assert failure["phase"] in (phase, "training")  # what goes wrong behind training's back comes up in training
-    assert time.time() - failure["time"] < 10  # and the other rank, and the launcher, are gone since
-    assert len(re.findall("clm-dist train: ", done.err)) == 1  # one line, not one of each victim
-    assert f"failed: rank 1 of 2 on {failure['host']}" in done.err
-    again = launch(2, "train", folder / "recipe.yaml", f"run_dir={tmp_path / 'run'}")
+def test_an_exception_on_one_rank_ends_all_and_is_named(folder, tmp_path):
+    """In each phase of one run, one start after the other; then the run ends as if nothing had been."""
+    run = tmp_path / "run"
+    for place in PHASES:
+        phase = {"data": "training", "micro-step": "training"}.get(place, place)
+        done, _, failure = faulty(folder, run, f"{place}:raise:1")
+        assert done.code == 1
+        assert failure["rank"] == 1 and failure["world_size"] == 2 and failure["host"]
+        assert failure["error"] == f"ValueError: injected while {place}" and "faulty.py" in failure["traceback"]
+        assert failure["phase"] in (phase, "training")  # what goes wrong behind training's back comes up in training
+        assert time.time() - failure["time"] < 10  # and the other rank, and the launcher, are gone since
+        assert len(re.findall("clm-dist train: ", done.err)) == 1  # one line, not one of each victim
+        assert f"failed: rank 1 of 2 on {failure['host']}" in done.err
+    again = launch(2, "train", folder / "recipe.yaml", f"run_dir={run}")
     assert again.code == 0, again.err
-    assert not (tmp_path / "run" / "failure.json").exists() and list((tmp_path / "run" / "failures").iterdir())
-    assert compare(tmp_path / "run", folder / "reference") == []
+    assert not (run / "failure.json").exists() and len(list((run / "failures").iterdir())) == len(PHASES)
+    assert compare(run, folder / "reference") == []
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,8 @@ def test_an_exception_on_one_rank_ends_all_and_is_named(folder, tmp_path, place)
     [
         ("data:kill:1:9", "its process is gone"),
         ("data:hang:1:9", "no progress for"),
-        ("data:stop:1:9", "no sign of life for"),
+        # the launcher takes half a minute to end a process that stands still
+        pytest.param("data:stop:1:9", "no sign of life for", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_is_gone_or_stuck_is_named(folder, tmp_path, fault, reason):
@@ -208,6 +211,33 @@ def test_a_signal_to_one_rank(folder, tmp_path):
     assert start.wait() == 75, start.log.read_text()
     assert Start(folder / "recipe.yaml", tmp_path / "run", 2).wait() == 0
     assert compare(tmp_path / "run", folder / "reference") == []
+
+
+@pytest.mark.slow
+def test_mutant_a_flag_of_one_rank(folder, tmp_path):
+    """Who stops when it alone was told to leaves the others in a collective without it."""
+    start = Start(folder / "recipe.yaml", tmp_path / "run", 2, {"CLM_DIST_FAULT": "none:local-flag"}, FAULTY)
+    assert wait_for(lambda: reached(tmp_path / "run") >= 5, 60)
+    start.send(signal.SIGUSR1, "rank")
+    assert start.wait() != 75
+
+
+@pytest.mark.slow
+def test_three_processes_too_are_equal_to_the_last_bit(folder, tmp_path):
+    """Three numbers can be added up in different orders: DDP's first buckets are others than its later ones (mutant)."""
+    differences = {}
+    for mutant in ("none", "unsettled"):
+        env = {"CLM_DIST_FAULT": f"none:{mutant}"}
+        runs = [tmp_path / mutant / name for name in ("stopped", "reference")]
+        runs[0].parent.mkdir()
+        start = Start(folder / "recipe.yaml", runs[0], 3, env, FAULTY)
+        assert wait_for(lambda run=runs[0]: reached(run) >= 10, 60)
+        start.send(signal.SIGTERM, "all")
+        assert start.wait() == 75, start.log.read_text()
+        for run in runs:
+            assert Start(folder / "recipe.yaml", run, 3, env, FAULTY).wait() == 0
+        differences[mutant] = compare(*runs)
+    assert differences["none"] == [] and differences["unsettled"] != []
 
 
 @pytest.mark.slow
