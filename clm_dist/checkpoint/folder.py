@@ -4,6 +4,7 @@ RUN/checkpoints/step-00000500/  manifest.json (every file's SHA-256)  COMMITTED 
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from clm_dist.checkpoint import disk
 
 MANIFEST, MARK, STATE, CONFIG = "manifest.json", "COMMITTED", "state.json", "config.yaml"
 NAME = re.compile(r"step-(\d{8,})")
-STAGED, REMOVED = ".partial", ".removed"  # endings of what is not yet, and no longer, a checkpoint
+# endings of what is not yet a checkpoint, is one until another of its step is whole, is none any more
+STAGED, REPLACED, REMOVED = ".partial", ".replaced", ".removed"
 FORMAT = 1
 
 
@@ -25,7 +27,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        found = NAME.fullmatch(self.path.name)
+        found = NAME.fullmatch(_plain(self.path.name))
         return int(found[1]) if found else -1
 
     def state(self) -> dict[str, Any]:
@@ -47,7 +49,7 @@ class Checkpoint:
         if not manifest.is_file():
             return f"{MANIFEST} is missing"
         try:
-            if mark.read_text(encoding="ascii").strip() != disk.sha256(manifest):
+            if mark.read_bytes().strip() != disk.sha256(manifest).encode():
                 return f"{MANIFEST} is not what was committed (its SHA-256 differs)"
             values = json.loads(manifest.read_text(encoding="utf-8"))
             if values["format"] != FORMAT:
@@ -58,7 +60,7 @@ class Checkpoint:
             state = self.state()
             wrong = [key for key in ("step", "cursor", "world_size") if not isinstance(state[key], int)]
             return f"{STATE}: {wrong[0]} is no number" if wrong else None
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             return f"damaged ({type(error).__name__}: {error})"
 
     def _problem_of(self, name: str, written: dict[str, Any], reread: bool) -> str | None:
@@ -75,12 +77,14 @@ class Checkpoint:
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
-    """All that call themselves checkpoints, newest first; half-written ones under their staged names too."""
+    """All that call themselves checkpoints, newest first; half-written and replaced ones under their passing names too."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if path.is_dir() and NAME.fullmatch(_plain(path.name))]
     found = [path for path in found if not path.name.endswith(REMOVED)]
-    return sorted(map(Checkpoint, found), key=lambda one: (int(_plain(one.path.name)[5:]), one.step), reverse=True)
+    return sorted(
+        map(Checkpoint, found), key=lambda one: (one.step, NAME.fullmatch(one.path.name) is not None), reverse=True
+    )
 
 
 def staged_path(folder: Path, step: int) -> Path:
@@ -90,10 +94,8 @@ def staged_path(folder: Path, step: int) -> Path:
 
 def stage(folder: Path, step: int) -> None:
     """An empty folder to write into. On the main process, before the others write."""
-    path = staged_path(folder, step)
-    if path.exists():
-        disk.remove(path)
-    disk.make_folder(path)
+    clear(folder)
+    disk.make_folder(staged_path(folder, step))
 
 
 def commit(folder: Path, step: int, files: dict[str, dict[str, Any]], state: dict[str, Any], config: str) -> Checkpoint:
@@ -108,8 +110,8 @@ def commit(folder: Path, step: int, files: dict[str, dict[str, Any]], state: dic
     files[CONFIG] = disk.write(staged / CONFIG, [config.encode()])
     manifest = disk.write(staged / MANIFEST, [to_json({"format": FORMAT, "step": step, "files": files})])
     disk.sync_folder(staged)
-    if final.exists():  # passed over at the start, or of a run that was taken back
-        disk.rename(final, folder / f".step-{step:08d}{REMOVED}")
+    if final.exists():  # damaged, or of before a rewind: perhaps the only whole one until this one is
+        disk.rename(final, folder / f".step-{step:08d}{REPLACED}")
     disk.rename(staged, final)
     disk.write(final / f"{MARK}.partial", [manifest["sha256"].encode("ascii")])
     disk.rename(final / f"{MARK}.partial", final / MARK)
@@ -117,11 +119,20 @@ def commit(folder: Path, step: int, files: dict[str, dict[str, Any]], state: dic
 
 
 def clear(folder: Path) -> None:
-    """Takes away what is no checkpoint any more, and what never became one."""
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if path.name.startswith(".") and path.name.endswith((STAGED, REMOVED)):
-                disk.remove(path)
+    """Takes away what is no checkpoint any more, and what never became one; one that was not replaced gets its name back."""
+    if not folder.is_dir():
+        return
+    passing = sorted(path for path in folder.iterdir() if path.name.startswith("."))
+    for path in passing:
+        if path.name.endswith((STAGED, REMOVED)):
+            disk.remove(path)
+    for path in passing:
+        if path.name.endswith(REPLACED):
+            final = folder / _plain(path.name)
+            if final.exists():
+                _take_away(path if (final / MARK).is_file() else final)
+            if path.exists():
+                disk.rename(path, final)
 
 
 def set_aside(folder: Path, one: Checkpoint) -> Path:
@@ -135,10 +146,8 @@ def set_aside(folder: Path, one: Checkpoint) -> Path:
 
 
 def rotate(folder: Path, keep_last: int, keep_every: int | None, keep_best: int) -> None:
-    """Takes away what need not be kept. On the main process, after a commit: never before.
-
-    A checkpoint loses its name first, so that half of one never looks like one.
-    """
+    """Takes away what need not be kept. On the main process, after a commit: never before."""
+    clear(folder)
     committed = [one for one in checkpoints(folder) if (one.path / MARK).is_file()]
     keep = {one.step for one in committed[:keep_last]}
     keep |= {one.step for one in committed if keep_every and one.step % keep_every == 0}
@@ -147,23 +156,28 @@ def rotate(folder: Path, keep_last: int, keep_every: int | None, keep_best: int)
         keep |= set(sorted(losses, key=lambda step: losses[step])[:keep_best])
     for one in committed:
         if one.step not in keep:
-            removed = folder / f".{one.path.name}{REMOVED}"
-            disk.rename(one.path, removed)
-            disk.remove(removed)
-    clear(folder)
+            _take_away(one.path)
+
+
+def _take_away(path: Path) -> None:
+    """A checkpoint loses its name first, so that half of one never looks like one."""
+    removed = path.with_name(f".{_plain(path.name)}{REMOVED}")
+    disk.rename(path, removed)
+    disk.remove(removed)
 
 
 def _own_loss(one: Checkpoint) -> float | None:
     """The evaluation loss at a checkpoint's own step."""
     try:
         state = one.state()
-        return float(state["evaluation"]["eval/loss"]) if state["evaluated"] == state["step"] else None
+        loss = float(state["evaluation"]["eval/loss"])
+        return loss if state["evaluated"] == state["step"] and math.isfinite(loss) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _plain(name: str) -> str:
-    return name.removeprefix(".").removesuffix(STAGED).removesuffix(REMOVED)
+    return name.removeprefix(".").removesuffix(STAGED).removesuffix(REPLACED).removesuffix(REMOVED)
 
 
 def to_json(value: Any) -> bytes:

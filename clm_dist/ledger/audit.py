@@ -36,7 +36,7 @@ def audit(run: Path, checkpoints: Sequence[tuple[str, str | None]] = (), states:
     _check_metrics(run / "metrics.jsonl", past, found)
     found.problems += [f"checkpoint {name}: {problem}" for name, problem in checkpoints if problem]
     for step, consumed in (states or {}).items():
-        if past.reached.get(step, ("", 0))[0] != consumed:
+        if consumed not in past.reached.get(step, {}):
             found.problems.append(f"the checkpoint of step {step} learned from other blocks than the ledger has")
     found.lines.append(f"checkpoints: {sum(problem is None for _, problem in checkpoints)} whole, their hashes reread")
     return found
@@ -76,9 +76,13 @@ def _check_blocks(past: History, found: Audit) -> None:
 def _check_metrics(path: Path, past: History, found: Audit) -> None:
     """Training rows follow each other without gap or overlap; each evaluation stands once."""
     rows: list[dict[str, Any]] = []
-    if path.is_file():
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    before, problems = past.first, []
+    problems: list[str] = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            problems.append(f"metrics row {number} is damaged")
+    before = past.first
     training = [row for row in rows if "train/loss" in row]
     for row in training:
         start = row["step"] - row["train/steps"]

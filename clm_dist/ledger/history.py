@@ -19,8 +19,10 @@ class History:
     rewinds: int = 0
     first: int = 0  # the step at which it began; more than 0 for a run that goes on from another's checkpoint
     problems: list[str] = field(default_factory=list)
-    # what was consumed after each number of steps that was ever reached and still counts, and the cursor there
-    reached: dict[int, tuple[str, int]] = field(default_factory=dict)
+    # what was consumed after each number of steps that was reached and still counts, and the cursor there. Several where
+    # a rewind went on with other data: the checkpoint of before may be gone back to again
+    reached: dict[int, dict[str, int]] = field(default_factory=dict)
+    now: tuple[str, int] = ("", 0)  # the newest of these
 
 
 def history(rows: list[Row]) -> History:
@@ -39,45 +41,50 @@ def history(rows: list[Row]) -> History:
 def _start(found: History, row: Row) -> None:
     step = row["step"]
     if not found.starts:
-        found.first, found.reached = step, {step: (row["consumed"], row["cursor"])}
-    elif found.reached.get(step) != (row["consumed"], row["cursor"]):
+        found.first = step
+    elif found.reached.get(step, {}).get(row["consumed"]) != row["cursor"]:
         found.problems.append(f"a start at step {step} goes on from what this run never was")
     found.starts.append(row)
-    _drop(found, step)
+    _drop(found, step, row["cursor"])
+    _reach(found, row, row["cursor"])
 
 
 def _step(found: History, row: Row) -> None:
-    step = row["step"]
-    before = found.reached.get(step - 1)
-    if before is None or (found.steps and found.steps[-1]["step"] != step - 1):
-        found.problems.append(
-            f"step {step} follows upon step {found.steps[-1]['step'] if found.steps else found.first}"
-        )
-        before = before or ("", row["from"])
-    consumed, cursor = before
-    if row["from"] != cursor:
-        found.problems.append(f"step {step} reads from position {row['from']}, step {step - 1} ended at {cursor}")
+    step, (consumed, cursor) = row["step"], found.now
+    before = found.steps[-1]["step"] if found.steps else found.first
+    if before != step - 1:
+        found.problems.append(f"step {step} follows upon step {before}")
+    elif row["from"] != cursor:
+        found.problems.append(f"step {step} reads from position {row['from']}, step {before} ended at {cursor}")
     if row["consumed"] != next_consumed(consumed, step, row["from"], row["to"], row["digest"], row["update"]):
         found.problems.append(f"step {step}: its hash of what was consumed is not that of the steps before it")
     found.steps.append(row)
-    found.reached[step] = (row["consumed"], row["to"])
+    _reach(found, row, row["to"])
 
 
 def _rewind(found: History, row: Row) -> None:
     step = row["step"]
-    consumed, cursor = found.reached.get(step, ("", row["cursor"]))
-    if row["consumed"] != rewound(consumed, step, row["cursor"]):
+    states = found.reached.get(step, {})
+    before = [
+        cursor for consumed, cursor in states.items() if rewound(consumed, step, row["cursor"]) == row["consumed"]
+    ]
+    if not before:
         found.problems.append(f"a rewind goes back to step {step}, which this run never reached so")
-    _drop(found, step)
+    cursor = before[0] if before else row["cursor"]
+    _drop(found, step, cursor)
     found.rewinds += 1
     found.passed_over.append((cursor, row["cursor"]))
-    found.reached[step] = (row["consumed"], row["cursor"])
+    _reach(found, row, row["cursor"])
 
 
-def _drop(found: History, step: int) -> None:
-    """Everything after `step` counts no more."""
+def _reach(found: History, row: Row, cursor: int) -> None:
+    found.now = (row["consumed"], cursor)
+    found.reached.setdefault(row["step"], {})[row["consumed"]] = cursor
+
+
+def _drop(found: History, step: int, cursor: int) -> None:
+    """Everything after `step` counts no more, nor data passed over after `cursor`."""
     found.lost += [row for row in found.steps if row["step"] > step]
     found.steps = [row for row in found.steps if row["step"] <= step]
-    found.reached = {number: value for number, value in found.reached.items() if number <= step}
-    end = found.reached[step][1] if step in found.reached else 0
-    found.passed_over = [part for part in found.passed_over if part[1] <= end]
+    found.reached = {number: states for number, states in found.reached.items() if number <= step}
+    found.passed_over = [part for part in found.passed_over if part[1] <= cursor]

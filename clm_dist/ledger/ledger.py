@@ -24,6 +24,12 @@ from clm_dist.data.order import mix
 
 DIGEST_MODULUS = 2**40  # the sum over thousands of ranks stays exact in fp64
 TAIL = 2**16  # bytes at the end of the file that surely hold its last row
+NEEDED: dict[str, set[str]] = {  # what a row of an event has beside its time
+    "start": {"step", "cursor", "consumed", "plan", "began"},
+    "step": {"step", "from", "to", "digest", "update", "consumed", "data_seconds"},
+    "rewind": {"step", "cursor", "consumed"},
+}
+PLAN = {"seed", "num_blocks", "global_batch_size", "log_every"}  # and the plan of a start
 
 
 def digest_of(blocks: np.ndarray) -> int:
@@ -88,10 +94,18 @@ def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             if row["chain"] != chained(chain, row):
                 problems.append(f"ledger row {number} ({row['event']}) does not follow from the one before")
             chain = row["chain"]
-            rows.append(row)
-        except (ValueError, KeyError, TypeError):
+            if _is_whole(row):
+                rows.append(row)
+            else:
+                problems.append(f"ledger row {number} ({row['event']}) lacks what it needs")
+        except (ValueError, KeyError, TypeError, AttributeError):
             problems.append(f"ledger row {number} is damaged")
     return rows, problems
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    needed = {"time"} | NEEDED.get(row["event"], set())
+    return needed <= row.keys() and (row["event"] != "start" or row["plan"].keys() >= PLAN)
 
 
 def _mend(path: Path) -> None:

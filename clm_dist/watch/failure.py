@@ -1,10 +1,13 @@
 """failure.json: the one root cause of a run that failed, and who is only its victim."""
 
+import contextlib
+import fcntl
 import json
 import os
 import socket
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,7 +44,7 @@ class Failure:
 def describe(error: BaseException) -> tuple[str, str]:
     """An exception in one line, and its traceback."""
     lines = [str(error)] if isinstance(error, RunError) else traceback.format_exception_only(error)
-    return " ".join(lines[-1].split()), "".join(traceback.format_exception(error))
+    return " ".join("".join(lines).split()), "".join(traceback.format_exception(error))
 
 
 def lost_a_peer(error: BaseException) -> bool:
@@ -58,8 +61,10 @@ def claim(folder: Path, failure: Failure, began: float) -> bool:
     began: when this process began; what was written before that is of an earlier start.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / FAILURE).exists() and (folder / FAILURE).stat().st_mtime < began:
-        set_aside(folder)
+    if _is_former(folder, began):
+        with _alone(folder):  # another rank may have done it, and already written what went wrong now
+            if _is_former(folder, began):
+                set_aside(folder)
     written = folder / f".failure-{failure.rank}-{os.getpid()}.json"
     written.write_text(json.dumps(asdict(failure), indent=2) + "\n", encoding="utf-8")
     try:
@@ -69,6 +74,24 @@ def claim(folder: Path, failure: Failure, began: float) -> bool:
     finally:
         written.unlink()
     return True
+
+
+def _is_former(folder: Path, began: float) -> bool:
+    try:
+        return (folder / FAILURE).stat().st_mtime < began
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def set_aside(folder: Path) -> None:
