@@ -19,6 +19,12 @@ def cell(values: Sequence[float], form: str) -> str:
     return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
+def verdict(what: str, ratios: list[float], bound: float) -> str:
+    """A line that says whether a bound holds."""
+    told = ", ".join(f"{ratio:.2f} {'holds' if ratio <= bound else 'FAILS'}" for ratio in ratios)
+    return f"- {what}: at most {bound} wanted: {told}\n"
+
+
 def facts(command: str) -> str:
     """The command, and when, where and with what it ran."""
     from clm_dist.training.run_folder import commit  # imports torch

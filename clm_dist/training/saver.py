@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from clm_dist.checkpoint import content, disk, folder, tensors
 from clm_dist.config import Config
 from clm_dist.training.state import TrainState
 from clm_dist.watch.watch import Watch
+
+WRITERS = 4  # threads of a process that write while training waits
+FILE_BYTES = 2**28  # about; larger shares are written as several files
 
 
 class Saver:
@@ -61,7 +65,7 @@ class Saver:
         document = {**state.to_json(), "world_size": world_size, "format": folder.FORMAT, **facts}
         if self.accelerator.scaler is not None:
             document["scaler"] = self.accelerator.scaler.state_dict()
-        work = (state, mine, generators, document, began, problem)
+        work = (state, mine, generators, document, began, problem, wait)
         if wait:
             self._write(*work)
             self.check()
@@ -91,7 +95,16 @@ class Saver:
         """The state of the newest step is to be saved again."""
         self._requested = -1
 
-    def _write(self, state, mine, generators, document, began, problem) -> None:  # type: ignore[no-untyped-def]
+    def _write(
+        self,
+        state: TrainState,
+        mine: dict[str, dict[str, torch.Tensor]],
+        generators: dict[str, Any],
+        document: dict[str, Any],
+        began: float,
+        problem: str | None,
+        waited_for: bool,
+    ) -> None:
         """This rank's files, then, on the main process, the commit. In a thread, or in the main one."""
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         step = document["step"]  # state goes on meanwhile
@@ -99,9 +112,15 @@ class Saver:
         files: dict[str, dict[str, Any]] = {}
 
         def write_share() -> None:
-            for kind, held in mine.items():
-                name = f"{kind}-{rank + 1:05d}-of-{world_size:05d}.safetensors"
-                files[name] = tensors.save(staged / name, held)
+            # hashing is what takes the processor: on several cores while training stands still, on one beside it
+            with ThreadPoolExecutor(WRITERS if waited_for else 1) as pool:
+                parts = [
+                    (f"{kind}-{rank + 1:05d}-of-{world_size:05d}{ending}.safetensors", part)
+                    for kind, held in mine.items()
+                    for ending, part in content.parts(held, FILE_BYTES)
+                ]
+                written = pool.map(lambda one: (one[0], tensors.save(staged / one[0], one[1])), parts)
+                files.update(written)
             name = f"rank-{rank:05d}.json"
             files[name] = disk.write(staged / name, [folder.to_json(generators)])
 
