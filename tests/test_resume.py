@@ -114,8 +114,11 @@ def test_other_data_is_refused(folder, run, tmp_path):
 def test_what_only_says_where_is_taken_and_a_meant_change_too(folder, run, tmp_path):
     shutil.copytree(folder / "prepared", tmp_path / "elsewhere")
     where = [f"data.prepared_dir={tmp_path / 'elsewhere'}", "train.micro_batch_size=6", "checkpoint.keep_last=1"]
-    done = train(folder, run, *where, "optim.lr=0.02", "train.resume_changes=[optim.lr]")
+    meant = ["optim.lr=0.02", "train.global_batch_size=24", "train.resume_changes=[optim.lr,train.global_batch_size]"]
+    done = train(folder, run, *where, *meant)
     assert done.code == 0, done.err
+    verified = run_command("verify", run)
+    assert verified.code == 0 and "20 steps in 2 starts read 360 blocks" in verified.out, verified.err
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000020"]
     rates = {row["step"]: row["train/lr"] for row in read_rows(run / "metrics.jsonl") if "train/lr" in row}
     assert rates[9] == pytest.approx(0.01 * 12 / 20) and rates[12] == pytest.approx(0.02 * 9 / 20)

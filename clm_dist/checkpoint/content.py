@@ -46,7 +46,7 @@ def share(everything: Tensors, rank: int, world_size: int) -> Tensors:
 
 def parts(held: Tensors, most: int) -> list[tuple[str, Tensors]]:
     """A share in files of about `most` bytes, each with the ending of its name: several can be written at once."""
-    count = max(1, round(sum(tensor.nbytes for tensor in held.values()) / most))
+    count = max(1, min(len(held), round(sum(tensor.nbytes for tensor in held.values()) / most)))
     if count == 1:
         return [("", held)]
     return [(f".{part + 1}", share(held, part, count)) for part in range(count)]

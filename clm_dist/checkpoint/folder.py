@@ -59,7 +59,9 @@ class Checkpoint:
                     return problem
             state = self.state()
             wrong = [key for key in ("step", "cursor", "world_size") if not isinstance(state[key], int)]
-            return f"{STATE}: {wrong[0]} is no number" if wrong else None
+            if wrong:
+                return f"{STATE}: {wrong[0]} is no number"
+            return f"it was renamed: {STATE} is of step {state['step']}" if state["step"] != self.step else None
         except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             return f"damaged ({type(error).__name__}: {error})"
 

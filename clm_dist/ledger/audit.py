@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -43,34 +44,51 @@ def audit(run: Path, checkpoints: Sequence[tuple[str, str | None]] = (), states:
 
 
 def _check_blocks(past: History, found: Audit) -> None:
-    """Digest of every step, and how often each block was seen, against the plan: the pure function of order.py."""
-    plan = past.starts[-1]["plan"]
-    seed, num_blocks = plan["seed"], plan["num_blocks"]
-    counts, planned = (np.zeros(num_blocks, dtype=np.int64) for _ in range(2))
-    for row in past.steps:
-        blocks = blocks_at(row["from"], row["to"] - row["from"], num_blocks, seed)
-        if row["to"] - row["from"] != plan["global_batch_size"]:
-            found.problems.append(f"step {row['step']} read {row['to'] - row['from']} blocks, not a global batch")
-        if digest_of(blocks) != row["digest"]:
-            found.problems.append(f"step {row['step']}: the blocks that were read are not those of the plan")
-        counts += np.bincount(blocks, minlength=num_blocks)
-    begin = past.starts[0]["cursor"]
-    end = past.steps[-1]["to"] if past.steps else begin
-    out = sorted(past.passed_over)
-    for first, last in zip([begin, *(last for _, last in out)], [*(first for first, _ in out), end], strict=True):
-        planned += np.bincount(blocks_at(first, max(0, last - first), num_blocks, seed), minlength=num_blocks)
-    if wrong := int((counts != planned).sum()):
-        found.problems.append(f"{wrong} of {num_blocks} blocks were not seen as often as planned")
-    if not found.problems:
+    """Digest of every step, and how often each block was seen, against the plan: the pure function of order.py.
+
+    A start may have changed the plan, where that was meant: each part of the run is held against its own.
+    """
+    said = []
+    for (seed, num_blocks), rows in groupby(past.steps, lambda row: _order_of(past, row)):
+        steps = list(rows)
+        counts = _counts(steps, past, found, seed, num_blocks)
+        begin, end = steps[0]["from"], steps[-1]["to"]
+        out = [part for part in sorted(past.passed_over) if begin <= part[0] and part[1] <= end]
+        planned = np.zeros(num_blocks, dtype=np.int64)
+        for first, last in zip([begin, *(last for _, last in out)], [*(first for first, _ in out), end], strict=True):
+            planned += np.bincount(blocks_at(first, max(0, last - first), num_blocks, seed), minlength=num_blocks)
+        if wrong := int((counts != planned).sum()):
+            found.problems.append(f"{wrong} of {num_blocks} blocks were not seen as often as planned")
         often = f"{counts.min()} times" if counts.min() == counts.max() else f"{counts.min()} or {counts.max()} times"
+        said.append(f"{counts.sum():,} blocks, each of {num_blocks:,} {often}")
+    if not found.problems:
         skipped = sum(not row["update"] for row in past.steps)
-        left_out = sum(last - first for first, last in out)
+        left_out = sum(last - first for first, last in past.passed_over)
+        read_blocks = "; then ".join(said) or "nothing"
         found.lines += [
-            f"data: {len(past.steps):,} steps in {len(past.starts)} starts read {counts.sum():,} blocks, each of "
-            f"{num_blocks:,} {often}, as planned",
+            f"data: {len(past.steps):,} steps in {len(past.starts)} starts read {read_blocks}, as planned",
             f"{len(past.lost):,} steps were done again, {skipped} updates withheld, {left_out} blocks passed over in "
             f"{past.rewinds} rewinds",
         ]
+
+
+def _order_of(past: History, row: dict[str, Any]) -> tuple[int, int]:
+    plan = past.plans[id(row)]
+    return plan["seed"], plan["num_blocks"]
+
+
+def _counts(steps: list[dict[str, Any]], past: History, found: Audit, seed: int, num_blocks: int) -> np.ndarray:
+    """How often each block was seen, (num_blocks,); the digest of each step says that it was these."""
+    counts = np.zeros(num_blocks, dtype=np.int64)
+    for row in steps:
+        size = row["to"] - row["from"]
+        blocks = blocks_at(row["from"], size, num_blocks, seed)
+        if size != past.plans[id(row)]["global_batch_size"]:
+            found.problems.append(f"step {row['step']} read {size} blocks, not a global batch")
+        if digest_of(blocks) != row["digest"]:
+            found.problems.append(f"step {row['step']}: the blocks that were read are not those of the plan")
+        counts += np.bincount(blocks, minlength=num_blocks)
+    return counts
 
 
 def _check_metrics(path: Path, past: History, found: Audit) -> None:

@@ -16,6 +16,7 @@ class History:
     lost: list[Row] = field(default_factory=list)  # rows of steps that were done again, or taken back
     passed_over: list[tuple[int, int]] = field(default_factory=list)  # positions of the stream left out by a rewind
     starts: list[Row] = field(default_factory=list)
+    plans: dict[int, Row] = field(default_factory=dict)  # the plan that each row of a step (its id) was done by
     rewinds: int = 0
     first: int = 0  # the step at which it began; more than 0 for a run that goes on from another's checkpoint
     problems: list[str] = field(default_factory=list)
@@ -59,6 +60,8 @@ def _step(found: History, row: Row) -> None:
     if row["consumed"] != next_consumed(consumed, step, row["from"], row["to"], row["digest"], row["update"]):
         found.problems.append(f"step {step}: its hash of what was consumed is not that of the steps before it")
     found.steps.append(row)
+    if found.starts:
+        found.plans[id(row)] = found.starts[-1].get("plan", {})
     _reach(found, row, row["to"])
 
 

@@ -1,6 +1,7 @@
 """What happens around the updates: log lines, evaluations, samples, exports. The loop itself stays bare."""
 
 import json
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,9 @@ class Observer:
                 return
             self.sample()
         state.evaluated, state.evaluation = state.step, figures
-        if figures and state.step > 0 and (state.best_loss is None or figures["eval/loss"] < state.best_loss):
-            state.best_loss = figures["eval/loss"]
+        loss = figures.get("eval/loss", math.nan)
+        if state.step > 0 and math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
+            state.best_loss = loss
             self.export("model_best")
 
     def evaluate(self) -> dict[str, float]:
