@@ -9,7 +9,9 @@ from handmade import Moment, Run, planned
 from torch.utils.data import DataLoader
 
 from clm_dist.data.order import blocks_at
-from clm_dist.ledger.audit import audit
+from clm_dist.ledger import audit as audits
+from clm_dist.ledger import history as histories
+from clm_dist.ledger.audit import audit, blocks_of, planned_counts
 from clm_dist.ledger.goodput import goodput
 from clm_dist.ledger.ledger import digest_of, next_consumed, read
 
@@ -31,8 +33,8 @@ def test_a_run_with_a_restart_verifies(tmp_path):
     assert found.problems == []
     assert found.lines == [
         "ledger: 9 rows, each sealed by the next",
-        "data: 5 steps in 2 starts read 20 blocks, each of 10 2 times, as planned",
-        "2 steps were done again, 0 updates withheld, 0 blocks passed over in 0 rewinds",
+        "data: 5 steps in 2 starts read 20 blocks: each of 10 blocks 2 times, as planned",
+        "2 steps were done again (2 after restarts, 0 after rewinds), 0 updates withheld, 0 blocks passed over in 0 rewinds",
         "metrics: 2 training rows without gap, 2 evaluations, none twice",
         "checkpoints: 1 whole, their hashes reread",
     ]
@@ -46,14 +48,14 @@ def test_a_run_with_rewinds_verifies(tmp_path):
     found = audit(run.write_metrics(), [], states)
     assert found.problems == []
     # step 3 read 8 to 11, step 4 failed on 12 to 15; then step 3 read 16 to 19, step 4 failed on 20 to 23
-    assert found.lines[2] == "2 steps were done again, 0 updates withheld, 16 blocks passed over in 2 rewinds"
+    assert found.lines[2].startswith("2 steps were done again (0 after restarts, 2 after rewinds), 0 updates withheld")
+    assert found.lines[2].endswith("16 blocks passed over in 2 rewinds")
 
 
 def test_withheld_updates_are_counted_and_read_all_the_same(tmp_path):
     found = audit(Run(tmp_path).start().steps(1).steps(1, update=False).write_metrics())
-    assert found.problems == []
-    assert found.lines[1] == "data: 2 steps in 1 starts read 8 blocks, each of 10 0 or 1 times, as planned"
-    assert found.lines[2] == "0 steps were done again, 1 updates withheld, 0 blocks passed over in 0 rewinds"
+    assert found.problems == [] and "1 updates withheld" in found.lines[2]
+    assert found.lines[1] == "data: 2 steps in 1 starts read 8 blocks: each of 10 blocks 0 or 1 times, as planned"
 
 
 def test_a_run_that_goes_on_from_another_verifies(tmp_path):
@@ -72,32 +74,18 @@ def test_no_start(tmp_path):
     assert audit(tmp_path).problems == ["the ledger holds no start"]
 
 
-def test_a_step_done_twice(tmp_path):
+@pytest.mark.parametrize(("step", "start", "count", "said"), [
+    (2, 4, 4, "step 2 follows upon step 2"),
+    (3, 4, 4, "step 3 reads from position 4, step 2 ended at 8"),  # honest about it: blocks seen twice, others not at all
+    (3, 12, 4, "step 3 reads from position 12, step 2 ended at 8"),
+    (4, 12, 4, "step 4 follows upon step 2"),
+    (4, 12, 4, "blocks were not seen as often as planned"),
+    (3, 8, 3, "step 3 read 3 blocks, not a global batch"),
+])  # fmt: skip
+def test_a_step_that_is_not_the_next_one(tmp_path, step, start, count, said):
     run = Run(tmp_path).start().steps(2)
-    run.row(2, 4, 8, digest_of(planned(4)))
-    assert "step 2 follows upon step 2" in problems_of(run)
-
-
-def test_a_step_that_reads_again_what_the_one_before_read(tmp_path):
-    """Honest about it: 3 follows upon 2, but from the data of 2. Blocks seen twice, others not at all."""
-    run = Run(tmp_path).start().steps(2)
-    run.row(3, 4, 8, digest_of(planned(4)))
-    problems = problems_of(run)
-    assert "step 3 reads from position 4, step 2 ended at 8" in problems
-
-
-def test_a_step_missing(tmp_path):
-    run = Run(tmp_path).start().steps(2)
-    run.row(4, 12, 16, digest_of(planned(12)))
-    problems = problems_of(run)
-    assert "step 4 follows upon step 2" in problems
-    assert any("blocks were not seen as often as planned" in problem for problem in problems)
-
-
-def test_a_step_of_another_size(tmp_path):
-    run = Run(tmp_path).start()
-    run.row(1, 0, 3, digest_of(planned(0)[:3]))
-    assert "step 1 read 3 blocks, not a global batch" in problems_of(run)
+    run.row(step, start, start + count, digest_of(planned(start)[:count]))
+    assert any(said in problem for problem in problems_of(run))
 
 
 def replaced(cursor):
@@ -113,11 +101,62 @@ def test_a_block_replaced_left_out_or_shifted(tmp_path, wrong):
     assert problems_of(run) == ["step 2: the blocks that were read are not those of the plan"]
 
 
-def test_a_row_taken_out_of_the_ledger(tmp_path):
-    run = restarted(tmp_path)
-    lines = (tmp_path / "ledger.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "ledger.jsonl").write_text("".join([*lines[:2], *lines[3:]]))
-    assert problems_of(run)[0] == "ledger row 3 (step) does not follow from the one before"
+@pytest.mark.parametrize("piece", [1, 4, 9, 2**20])
+def test_however_many_steps_are_looked_at_together(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(audits, "PIECE", piece)
+    run = Run(tmp_path).start().steps(7).steps(1, lambda now: replaced(now.cursor)).steps(3)
+    assert problems_of(run) == ["step 8: the blocks that were read are not those of the plan"]
+    problems = problems_of(run.steps(8, lambda now: planned(now.cursor + 1)))
+    assert len(problems) == 6 and problems[5] == "4 more steps read what the plan does not say"
+    # 10 blocks in the order 4 9 1 2 8 0 3 7 6 5 with seed 42, the next pass begins with 7 5 2 1 3 8 (test_order.py)
+    assert planned_counts([(2, 5)], 10, 42).tolist() == [0, 1, 1, 0, 0, 0, 0, 0, 1, 0]
+    assert planned_counts([(8, 12)], 10, 42).tolist() == [0, 0, 0, 0, 0, 2, 1, 1, 0, 0]
+    assert planned_counts([(8, 30), (5, 5), (9, 2)], 10, 42).tolist() == [2, 2, 2, 2, 2, 3, 3, 2, 2, 2]
+    assert planned_counts([(0, 10**15)], 10, 42).tolist() == [10**14] * 10  # no walk
+    assert blocks_of(np.array([0, 15, 9, 10]), 10, 42).tolist() == [4, 8, 5, 7]
+
+
+def other_plan(run, change, meant, **other):
+    """A start with another plan, and one step by it."""
+    run.PLAN = plan = {**run.PLAN, **change}
+    start, size = run.start(changes=meant, **other).now.cursor, plan["global_batch_size"]
+    run.row(run.now.step + 1, start, start + size, digest_of(blocks_at(start, size, plan["num_blocks"], plan["seed"])))
+    return run
+
+
+@pytest.mark.parametrize(("change", "field", "what"), [
+    ({"seed": 8}, "seed", "seed from 7 to 8"),
+    ({"global_batch_size": 2}, "train.global_batch_size", "global_batch_size from 4 to 2"),
+    ({"num_blocks": 31}, "data.source", "num_blocks from 10 to 31"),
+    ({"max_steps": 90}, "train.epochs", "max_steps from None to 90"),
+    ({}, "data.text_column", "data from None to 1f"),
+])  # fmt: skip
+@pytest.mark.parametrize("said_so", [True, False])
+def test_a_change_of_plan_is_meant_or_named(tmp_path, change, field, what, said_so):
+    """Also where the blocks have the same numbers: other data is another run."""
+    data = {} if change else {"data": "1f"}
+    run = other_plan(Run(tmp_path).start().steps(2), change, [*([field] if said_so else []), "optim.lr"], **data)
+    named = [f"a start at step 2 changed {what}: train.resume_changes does not say so"]
+    assert problems_of(run) == ([] if said_so else named)
+
+
+def test_a_change_that_was_never_saved_may_be_left_again(tmp_path):
+    run = Run(tmp_path).start().steps(2)
+    saved = run.now
+    other_plan(run, {"seed": 8}, ["seed"])
+    run.PLAN = Run.PLAN
+    assert problems_of(run.start(saved).steps(2)) == []
+
+
+@pytest.mark.parametrize(("step", "state", "said"), [
+    (3, "finished", "the ledger says finished at step 3 of 4"), (3, "preempted", None), (4, "finished", None),
+    (5, "finished", "the ledger goes up to step 5, beyond the 4 of the plan"),
+])  # fmt: skip
+def test_a_run_ends_with_its_last_step(tmp_path, step, state, said):
+    run = Run(tmp_path)
+    run.PLAN = {**Run.PLAN, "max_steps": 4}
+    run.start().steps(step)._ledger.write("end", step=step, state=state)
+    assert problems_of(run) == ([said] if said else [])
 
 
 def test_a_row_forged_with_a_new_chain_shows_in_what_was_consumed(tmp_path):
@@ -154,6 +193,9 @@ METRICS = {  # what is done to the rows of five steps; what is said
     "overlapping": (lambda rows: [*rows, row(5, 2)], "a row covers steps 4 to 5, the one before ended at step 4"),
     "evaluated twice": (lambda rows: [evaluation(0), *rows, evaluation(0)], "an evaluation stands twice"),
     "evaluations swapped": (lambda rows: [evaluation(4), *rows, evaluation(2)], "an evaluation stands twice"),
+    "evaluated beyond": (lambda rows: [*rows, evaluation(6)], "metrics go up to step 6, the ledger to 5"),
+    "no object": (lambda rows: [*rows, 3], "metrics row 3 is damaged"),
+    "no steps": (lambda rows: [rows[0], {"step": 4, "train/loss": 1.0}], "metrics row 2 is damaged"),
     "none at all": (lambda rows: [], "metrics end at step 0, the ledger at 5"),
 }
 
@@ -181,6 +223,18 @@ def test_half_a_row_of_metrics_is_named(tmp_path):
     assert audit(tmp_path).problems == ["metrics row 2 is damaged", "metrics end at step 2, the ledger at 5"]
 
 
+def test_rows_of_metrics_that_are_not_due_yet(tmp_path):
+    """A step stands in the ledger first; and a start may change how far apart rows are."""
+    run = Run(tmp_path).start().steps(4)
+    row = run.metrics.pop()
+    assert problems_of(run) == []  # killed between step 4 and its row
+    run._ledger.write("save", step=4, seconds=0.1)
+    assert problems_of(run) == ["metrics end at step 2, the ledger at 4"]
+    run.PLAN, kept = {**Run.PLAN, "log_every": 9}, [*run.metrics, row]
+    run.start().steps(4).metrics = kept
+    assert problems_of(run) == []
+
+
 def test_metrics_after_a_restart_that_were_not_cut(tmp_path):
     run = Run(tmp_path).start().steps(2)
     saved = run.now
@@ -195,7 +249,7 @@ def test_a_damaged_checkpoint(tmp_path):
     checkpoints = [("step-00000004", "state.json is missing"), ("step-00000002", None)]
     found = audit(restarted(tmp_path).write_metrics(), checkpoints)
     assert found.problems == ["checkpoint step-00000004: state.json is missing"]
-    assert "checkpoints: 1 whole, their hashes reread" in found.lines
+    assert found.lines[-1] == "checkpoints: 1 whole, their hashes reread"
 
 
 @pytest.mark.parametrize("step", [2, 4, 9])
@@ -229,3 +283,15 @@ def test_mutant_skip_first_batches(tmp_path, unit, right):
     run.start().steps(2, lambda now: np.concatenate([next(batches), next(batches)]))
     named = [f"step {step}: the blocks that were read are not those of the plan" for step in (3, 4)]
     assert problems_of(run) == ([] if right else named)
+
+
+@pytest.mark.parametrize("event", ["_start", "_rewind"])
+def test_mutant_what_was_taken_back_is_kept(tmp_path, monkeypatch, event):
+    """A reader that takes no notice of starts or rewinds sees steps twice, and data left out."""
+    run = restarted(tmp_path)
+    run.rewind(run.now).steps(1)
+    assert problems_of(run) == []
+    first = iter([histories._start])
+    ignored = lambda found, row: next(first, lambda *_: None)(found, row) if event == "_start" else None  # noqa: E731
+    monkeypatch.setattr(histories, event, ignored)
+    assert any("follows upon" in problem or "reads from" in problem for problem in problems_of(run))

@@ -1,6 +1,5 @@
 """Where the time of a run went: useful training over wall time, by cause."""
 
-from itertools import pairwise
 from typing import Any
 
 from clm_dist.ledger.history import history
@@ -13,35 +12,41 @@ MEANING = {
     "data": "waiting for blocks, in these steps",
     "save": "training stood still for a checkpoint",
     "start-up": "from a process's start to its first step",
-    "lost work": "steps that an interruption or a rewind took back",
+    "lost work": "steps that an interruption or a rewind took back, or whose update was withheld",
     "not running": "between the last row of a start and the next one's process",
 }
 
 
 def goodput(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds by cause; they add up to the wall time from the first process's start to the last row."""
+    """Seconds by cause; they add up to the wall time from the first process's start to the last row.
+
+    A row's time is when it was written: `seconds` of it went to what the row is of, the rest since the row before to
+    something that has no rows.
+    """
     seconds = dict.fromkeys(CAUSES, 0.0)
-    if not rows:
-        return seconds
-    lost = {id(row) for row in history(rows).lost}
-    starts = [number for number, row in enumerate(rows) if row["event"] == "start"]
-    for begin, end in pairwise([*starts, len(rows)]):
-        attempt = rows[begin:end]
-        seconds["start-up"] += max(0.0, attempt[0]["time"] - attempt[0]["began"])
-        accounted = 0.0
-        for row in attempt[1:]:
-            took = row.get("seconds", 0.0)
-            accounted += took
-            if row["event"] != "step":
-                seconds[row["event"] if row["event"] in seconds else "other"] += took
-            elif id(row) in lost:
-                seconds["lost work"] += took
-            else:
-                seconds["training"] += took - row["data_seconds"]
-                seconds["data"] += row["data_seconds"]
-        seconds["other"] += max(0.0, attempt[-1]["time"] - attempt[0]["time"] - accounted)
-        if end < len(rows):
-            seconds["not running"] += max(0.0, rows[end]["began"] - attempt[-1]["time"])
+    lost = {id(row) for row, _ in history(rows).lost}
+    clock: float | None = None  # up to when the time is accounted for
+    rest = "other"
+    for row in rows:
+        event, took = row["event"], row.get("seconds", 0.0)
+        if event == "start":
+            # a process may begin while those of the start before are still leaving
+            began = row["began"] if clock is None else max(clock, row["began"])
+            seconds["not running"] += 0.0 if clock is None else began - clock
+            clock, rest = began, "start-up"
+        clock = row["time"] - took if clock is None else clock
+        # the step that was given up has no row of its own
+        seconds["lost work" if event == "rewind" else rest] += row["time"] - clock - took
+        clock = row["time"]
+        if event in ("step", "rewind"):
+            rest = "other"
+        if event != "step":
+            seconds[event if event in seconds else "other"] += took
+        elif id(row) in lost or not row["update"]:
+            seconds["lost work"] += took
+        else:
+            seconds["training"] += took - row["data_seconds"]
+            seconds["data"] += row["data_seconds"]
     return seconds
 
 

@@ -95,8 +95,7 @@ def joined(config: Config, accelerator: Any, watch: Watch) -> Iterator[None]:
         accelerator.wait_for_everyone()
         watch.join(folder, config.train.hang_seconds)
         yield
-        if lock is not None:
-            shutil.rmtree(folder / FOLDER, ignore_errors=True)
+        watch.part()
     except UserError:
         if lock is not None and {path.name for path in folder.iterdir()} <= {".lock", FOLDER}:  # nothing has begun
             shutil.rmtree(folder)

@@ -15,6 +15,8 @@ def verify(run: Path) -> str:
         raise UserError(f"{run} has no ledger.jsonl; give the folder of a run that this version trained")
     findings, states = [], {}
     for one in checkpoints(run / "checkpoints"):
+        if one.path.name.startswith("."):  # half-written, as a kill may leave it: the next start passes it over
+            continue
         problem = one.problem()
         findings.append((one.path.name, problem))
         if problem is None:

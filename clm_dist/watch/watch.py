@@ -3,6 +3,7 @@
 import contextlib
 import os
 import select
+import shutil
 import signal
 import sys
 import threading
@@ -63,6 +64,16 @@ class Watch:
         self._observation = beats.Observation(run / FOLDER)
         self._moved = time.monotonic()
         self._joined = True
+
+    def part(self) -> None:
+        """The run is over: no more signs of life; the main process takes those of all away. After the last barrier."""
+        self._joined = False
+        folder = self._observation.folder
+        for _ in range(20 if self.rank == 0 else 0):  # the thread of a rank may just be writing into it
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                return
+            time.sleep(0.05)
 
     def at(self, place: str, micro_step: int | None = None) -> None:
         """The main thread has come here. Cheap: called several times a micro-step."""
