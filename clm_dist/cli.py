@@ -131,11 +131,11 @@ def entry_point() -> None:
     """
     code = main(sys.argv[1:])
     # an interrupted one too: about one in thirteen ended by the signal all the same, after its message and whatever code
-    write_outcome(code)
+    told = write_outcome(code)
     if "WORLD_SIZE" in os.environ or code in (EXIT_INTERRUPTED, EXIT_PREEMPTED):
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(told)
     sys.exit(code)
 
 

@@ -273,3 +273,10 @@ def test_no_outcome_where_none_is_asked_for(tmp_path, monkeypatch, environment):
     monkeypatch.chdir(tmp_path)
     write_outcome(1, environment)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_launcher_is_told_0_of_a_run_that_saved_and_left_if_a_script_reads_the_file(tmp_path):
+    environment = {VARIABLE: str(tmp_path / "outcome"), "LOCAL_RANK": "1"}
+    assert [write_outcome(code, environment) for code in (0, 75, 130, 1, 2)] == [0, 0, 0, 1, 2]
+    assert write_outcome(75, {"LOCAL_RANK": "1"}) == 75  # nobody would know
+    assert (tmp_path / "outcome").read_text() == "75\n"

@@ -224,4 +224,4 @@ class Watch:
         if message is not None and (code == EXIT_FAILED or os.environ.get("LOCAL_RANK", "0") == "0"):
             where = f" ({self.run / failure.FAILURE})" if code == EXIT_FAILED and self.run is not None else ""
             print(f"clm-dist train: {message}{where}", file=sys.stderr, flush=True)
-        os._exit(code)
+        os._exit(code)  # not 0: a launcher then ends those that are not told by us

@@ -133,7 +133,7 @@ if __name__ == "__main__":
     from clm_dist.watch.outcome import write_outcome
 
     code = main(sys.argv[1:])
-    write_outcome(code)
+    code = write_outcome(code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # as the real entry point does under a launcher
