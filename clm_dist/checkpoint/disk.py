@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from clm_dist.storage import sync
+
 CHUNK = 16 * 2**20  # bytes written and hashed at a time
 
 
@@ -40,11 +42,7 @@ def rename(source: Path, target: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Forces the names in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder)
 
 
 def make_folder(folder: Path) -> None:

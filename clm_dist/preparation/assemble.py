@@ -18,7 +18,7 @@ from clm_dist.preparation.mixture import Taken, interleave
 from clm_dist.preparation.packing import Documents, Packed, best_fit, concatenate
 from clm_dist.preparation.selection import Selection, Stretch
 from clm_dist.preparation.units import UnitFile
-from clm_dist.preparation.work import sync
+from clm_dist.storage import sync
 
 BAD_RECORDS = "bad_records.jsonl"
 

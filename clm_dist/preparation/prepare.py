@@ -32,8 +32,9 @@ from clm_dist.preparation.encoding import Progress, encode
 from clm_dist.preparation.selection import Selection
 from clm_dist.preparation.training import trained_tokenizer
 from clm_dist.preparation.units import DamagedUnitError
-from clm_dist.preparation.work import Shard, WorkFolder, sync
+from clm_dist.preparation.work import Shard, WorkFolder
 from clm_dist.preparation.worker import Task
+from clm_dist.storage import sync
 from clm_dist.versions import versions
 
 SAMPLE_CHARACTERS = 200_000  # of the user's text, on which encoders are compared before one is chosen

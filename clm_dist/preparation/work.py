@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from clm_dist.errors import UserError
+from clm_dist.storage import write_text
 
 FEW = 16  # units
 
@@ -191,19 +192,3 @@ class WorkFolder:
             f"data.prepared_dir={self.target} is being prepared{how and ' ' + how} ({who}); wait for it, or share the work "
             "among processes: --shard 0/2 in one, --shard 1/2 in another"
         )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

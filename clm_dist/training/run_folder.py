@@ -18,6 +18,7 @@ import torch
 from clm_dist import recipe
 from clm_dist.config import Config
 from clm_dist.errors import EXIT_FAILED, RunEnded, UserError
+from clm_dist.storage import sync, write_text
 from clm_dist.versions import versions
 from clm_dist.watch.failure import FAILURE, hostname, set_aside
 from clm_dist.watch.watch import FOLDER, STOP_FILE, Watch
@@ -157,8 +158,8 @@ def create(config: Config, accelerator: Any, base_model_commit: str | None, over
             else:
                 path.unlink(missing_ok=True)
     facts = {**environment(accelerator), "base_model_commit": base_model_commit}
-    _write(folder / "environment.json", json.dumps(facts, indent=2) + "\n")
-    _write(folder / "config.yaml", recipe.dump(config))  # last: with it, it is a run
+    write_text(folder / "environment.json", json.dumps(facts, indent=2) + "\n")
+    write_text(folder / "config.yaml", recipe.dump(config))  # last: with it, it is a run
 
 
 def go_on(config: Config, step: int) -> None:
@@ -167,8 +168,8 @@ def go_on(config: Config, step: int) -> None:
     former = (folder / "config.yaml").read_text(encoding="utf-8")
     if former != text:
         (folder / "configs").mkdir(exist_ok=True)
-        _write(folder / "configs" / f"until-step-{step:08d}-{time.strftime('%Y%m%d-%H%M%S')}.yaml", former)
-        _write(folder / "config.yaml", text)
+        write_text(folder / "configs" / f"until-step-{step:08d}-{time.strftime('%Y%m%d-%H%M%S')}.yaml", former)
+        write_text(folder / "config.yaml", text)
 
 
 def lengths(run_dir: str) -> dict[str, int]:
@@ -177,8 +178,7 @@ def lengths(run_dir: str) -> dict[str, int]:
     for name in GROWING:
         path = Path(run_dir) / name
         if path.exists():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
             found[name] = path.stat().st_size
     return found
 
@@ -194,13 +194,6 @@ def cut(run_dir: str, wanted: dict[str, int]) -> list[str]:
         elif size > length:
             os.truncate(path, length)
     return missing
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _is_staged(name: str) -> bool:

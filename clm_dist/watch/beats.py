@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from clm_dist.storage import write_text
 from clm_dist.watch.failure import hostname
 
 # Within a step, in this order: who is behind keeps the others waiting.
@@ -36,10 +37,7 @@ class Beat:
 
 def write(folder: Path, beat: Beat) -> None:
     """Puts a sign of life where the others look."""
-    path = folder / f"rank-{beat.rank:05d}.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(beat)), encoding="utf-8")
-    partial.replace(path)
+    write_text(folder / f"rank-{beat.rank:05d}.json", json.dumps(asdict(beat)))
 
 
 def read(folder: Path) -> dict[int, Beat]:
@@ -76,6 +74,7 @@ class Verdict:
 
     beat: Beat
     reason: str
+    stuck: bool = False  # it lives, and gets no further
 
 
 class Observation:
@@ -112,4 +111,4 @@ class Observation:
             if (seconds := self.silent_seconds(rank)) >= patience:
                 return Verdict(beat, f"no sign of life for {seconds:.0f} s (stopped, or its machine hangs)")
         behind = min(beats.values(), key=Beat.progress)
-        return Verdict(behind, f"no progress for {time.time() - behind.since:.0f} s ({behind.place})")
+        return Verdict(behind, f"no progress for {time.time() - behind.since:.0f} s ({behind.place})", stuck=True)
