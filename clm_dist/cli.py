@@ -1,4 +1,4 @@
-"""The door: `clm-dist prepare | data | train | evaluate | generate | report`. Imports no torch."""
+"""The door: `clm-dist prepare | data | train | evaluate | verify | replay | generate | report`. Imports no torch."""
 
 import argparse
 import errno

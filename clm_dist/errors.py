@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Iterable
 
-EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_MISCONFIGURED = 2  # as argparse and the shell have it: the command was wrong, nothing was done
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved and left when told to; the same command goes on

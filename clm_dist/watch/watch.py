@@ -18,6 +18,7 @@ from clm_dist.watch.outcome import write_outcome
 
 LOOK_EVERY = 0.25  # seconds between looks at files
 BEAT_EVERY = 1.0  # seconds between signs of life
+DOWNLOAD = 1700  # seconds that a rank may be busy before training, with weights to fetch; a collective waits for 1800
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 STOP_FILE = "STOP"  # `touch RUN/STOP` asks a run to save and leave
 FOLDER = ".watch"  # inside the run folder
@@ -45,10 +46,10 @@ class Watch:
         self._parent = os.getppid()
         self._main = threading.main_thread()
         self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
 
     def start(self) -> None:
         """Hears signals from now on. On the main thread."""
-        os.set_blocking(self._writer, False)
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)  # that Python takes it at all; the byte in the pipe is what counts
         # The byte is written by the C handler: it arrives even while the main thread waits inside a collective.
@@ -86,7 +87,8 @@ class Watch:
         """The main thread is in this phase from now on, and shows it at once."""
         self.phase, self.step = phase, self.step if step is None else step
         self.at(phase)
-        os.write(self._writer, b"\0")
+        with contextlib.suppress(BlockingIOError):  # nobody reads: it was never started
+            os.write(self._writer, b"\0")
 
     @contextlib.contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -133,7 +135,7 @@ class Watch:
                     return None
                 time.sleep(LOOK_EVERY)
             verdict = self._observation.judge(patience=3 * BEAT_EVERY) if self._joined else None
-            if verdict is not None and verdict.beat.rank != self.rank and "no progress" not in verdict.reason:
+            if verdict is not None and verdict.beat.rank != self.rank and not verdict.stuck:
                 found = self._of(verdict)
         return found.line() if failure.claim(self.run, found, self.began) else None
 
@@ -146,9 +148,8 @@ class Watch:
                 for number in os.read(self._reader, 64):
                     if number == 0:  # the main thread is somewhere else
                         next_beat = 0.0
-                        continue
-                    name = signal.Signals(number).name
-                    self.ask_to_stop(name, interrupted=number == signal.SIGINT)
+                    elif number in SIGNALS:  # libraries may have handlers of their own for others
+                        self.ask_to_stop(signal.Signals(number).name, interrupted=number == signal.SIGINT)
             now = time.monotonic()
             if now - last_look > 10 * LOOK_EVERY:  # this process itself stood still (suspended): judge nobody by that
                 self._moved = now
@@ -202,7 +203,7 @@ class Watch:
         if idle < 0.85 * self._limit:
             return
         verdict = self._observation.judge(patience=min(0.25 * self._limit, 30))
-        if verdict is None:
+        if verdict is None or (verdict.stuck and self.phase == "preparing" and idle < 0.85 * DOWNLOAD):
             return
         found = self._of(verdict)
         assert self.run is not None
