@@ -106,38 +106,50 @@ class Saver:
         waited_for: bool,
     ) -> None:
         """This rank's files, then, on the main process, the commit. In a thread, or in the main one."""
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        step = document["step"]  # state goes on meanwhile
-        staged = folder.staged_path(self.folder, step)
         files: dict[str, dict[str, Any]] = {}
-
-        def write_share() -> None:
-            # hashing is what takes the processor: on several cores while training stands still, on one beside it
-            with ThreadPoolExecutor(WRITERS if waited_for else 1) as pool:
-                parts = [
-                    (f"{kind}-{rank + 1:05d}-of-{world_size:05d}{ending}.safetensors", part)
-                    for kind, held in mine.items()
-                    for ending, part in content.parts(held, FILE_BYTES)
-                ]
-                written = pool.map(lambda one: (one[0], tensors.save(staged / one[0], one[1])), parts)
-                files.update(written)
-            name = f"rank-{rank:05d}.json"
-            files[name] = disk.write(staged / name, [folder.to_json(generators)])
-
         try:
-            problem = problem or self._try(write_share)
+            problem = problem or self._try(self._write_share, document["step"], mine, generators, files, waited_for)
         except Exception as error:  # not the disk: this rank is at fault, and the others must not wait for it
             self._error = error
             problem = f"{type(error).__name__}: {error}"
-        records: list[Any] = [None] * world_size
+        try:
+            records = self._records(files, problem)
+            if self.accelerator.is_main_process:
+                self._commit(document["step"], records, document)
+                state.save_seconds = time.monotonic() - began
+        except Exception as error:  # of a thread, it would be heard by nobody
+            self._error = self._error or error
+
+    def _write_share(
+        self,
+        step: int,
+        mine: dict[str, dict[str, torch.Tensor]],
+        generators: dict[str, Any],
+        files: dict[str, dict[str, Any]],
+        waited_for: bool,
+    ) -> None:
+        """Fills `files` with what was written."""
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        staged = folder.staged_path(self.folder, step)
+        parts = [
+            (f"{kind}-{rank + 1:05d}-of-{world_size:05d}{ending}.safetensors", part)
+            for kind, held in mine.items()
+            for ending, part in content.parts(held, FILE_BYTES)
+        ]
+        # hashing is what takes the processor: on several cores while training stands still, on one beside it
+        with ThreadPoolExecutor(WRITERS if waited_for else 1) as pool:
+            files.update(pool.map(lambda one: (one[0], tensors.save(staged / one[0], one[1])), parts))
+        name = f"rank-{rank:05d}.json"
+        files[name] = disk.write(staged / name, [folder.to_json(generators)])
+
+    def _records(self, files: dict[str, dict[str, Any]], problem: str | None) -> list[Any]:
+        """What every rank has written, on the main process. Every rank must call this."""
         if self._group is None:
-            records = [(files, problem)]
-        else:
-            to = records if rank == 0 else None
-            dist.gather_object((files, problem), to, group=self._group)
-        if rank == 0:
-            self._commit(step, records, document)
-            state.save_seconds = time.monotonic() - began
+            return [(files, problem)]
+        records: list[Any] = [None] * self.accelerator.num_processes
+        to = records if self.accelerator.is_main_process else None
+        dist.gather_object((files, problem), to, group=self._group)
+        return records
 
     def _commit(self, step: int, records: list[Any], document: dict[str, Any]) -> None:
         """Makes it a checkpoint if every rank has written, and takes away what need not be kept."""
