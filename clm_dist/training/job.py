@@ -40,7 +40,8 @@ def open_job(config: Config, overwrite: bool) -> Job:
     check_launch(config.train.mixed_precision)
     check_changes(config)
     may_resume = config.train.resume != "never"
-    sources = filter(None, (config.model.name, config.data.tokenizer))
+    named = config.train.resume if config.train.resume not in ("auto", "never") else None
+    sources = filter(None, (config.model.name, config.data.tokenizer, named))
     run_folder.check_free(config.run_dir, overwrite, sources, resume=may_resume)
     check_installed(config)
     manifest = open_prepared(config)
@@ -53,9 +54,9 @@ def open_job(config: Config, overwrite: bool) -> Job:
     train_blocks, eval_blocks = (open_blocks(config, manifest, split) for split in ("train", "eval"))
     plan = make_plan(config, len(train_blocks), launched_world_size())
     data = data_sha256(manifest.key, manifest.files)
-    finished = False
-    if may_resume and not overwrite:
-        finished = _goes_on(config, data, plan)
+    if overwrite:
+        choose(config, data, reread=False, begin_anew=True)  # a checkpoint that was named has to fit all the same
+    finished = may_resume and not overwrite and _goes_on(config, data, plan)
     return Job(manifest, data, train_blocks, eval_blocks, tokenizer, built, plan, overwrite, finished)
 
 

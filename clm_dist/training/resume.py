@@ -28,19 +28,19 @@ class Choice:
         return [f"passed over {one.path.name}: {why}" for one, why in self.passed_over]
 
 
-def choose(config: Config, data: str, reread: bool) -> Choice:
+def choose(config: Config, data: str, reread: bool, begin_anew: bool = False) -> Choice:
     """Looks at all checkpoints that the recipe may mean, newest first; UserError where it may not go on.
 
-    data: hash of the prepared data. reread: hash the files, too; without, half a look that takes no time.
+    data: hash of the prepared data. reread: hash the files, too; without, half a look that takes no time. begin_anew: what
+    run_dir holds does not count, as it is to be overwritten.
     """
     asked = config.train.resume
     if asked == "never":
         return Choice(None, [])
-    if asked == "auto":
-        candidates = checkpoints(Path(config.run_dir) / "checkpoints")
-    else:
+    candidates = [] if begin_anew else checkpoints(Path(config.run_dir) / "checkpoints")
+    if asked != "auto":
         # the same command again goes on from what came of it
-        own = [one for one in checkpoints(Path(config.run_dir) / "checkpoints") if _descends(one, asked)]
+        own = [one for one in candidates if _descends(one, asked)]
         named = Checkpoint(Path(asked))
         if not own and (problem := named.problem(reread)):
             raise UserError(
