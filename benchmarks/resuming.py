@@ -17,7 +17,7 @@ from common import ROOT, cell, verdict
 TINY = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64}  # of the tests
 EARLY, LATE, PLANNED = 10, 10_000, 20_000
 BOUND = 1.2
-WORDS = (
+WORDS = [
     "the",
     "cat",
     "dog",
@@ -32,7 +32,7 @@ WORDS = (
     "finds",
     "under",
     "near",
-)
+]
 
 
 def recipe(folder: Path, run: Path, shape: dict[str, int]) -> dict[str, Any]:

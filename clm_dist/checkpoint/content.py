@@ -104,6 +104,13 @@ def load_generators(checkpoint: Checkpoint, rank: int, device: torch.device) -> 
     set_generators(json.loads((checkpoint.path / f"rank-{rank:05d}.json").read_text(encoding="utf-8")), device)
 
 
+def seed_generators(seed: int) -> None:
+    """Begins all generators of random numbers of this process anew."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def set_generators(saved: dict[str, Any], device: torch.device) -> None:
     """Goes on with random numbers where `generators` was called."""
     version, numbers, gauss = saved["python"]

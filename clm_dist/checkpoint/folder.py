@@ -89,6 +89,11 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
     )
 
 
+def newest_whole(folder: Path) -> Checkpoint | None:
+    """The newest that can be trusted; hashes all files of those that it looks at."""
+    return next((one for one in checkpoints(folder) if one.problem() is None), None)
+
+
 def staged_path(folder: Path, step: int) -> Path:
     """Where a checkpoint is made."""
     return folder / f".step-{step:08d}{STAGED}"

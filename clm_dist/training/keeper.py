@@ -3,6 +3,7 @@
 The loop asks it what to do about a step; everything that can go wrong between two steps is dealt with here.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from clm_dist.checkpoint import content
-from clm_dist.checkpoint.folder import Checkpoint
+from clm_dist.checkpoint.folder import Checkpoint, newest_whole
 from clm_dist.config import Config
+from clm_dist.data.order import step_seed
 from clm_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, RunEnded, RunError
 from clm_dist.training import offence, run_folder
 from clm_dist.training.agreement import Agreement
@@ -45,6 +47,7 @@ class Keeper:
         self.saver = Saver(accelerator, config, model, optimizer, self.run, watch)
         self.logbook = Logbook(accelerator, config, job, self.run)
         self._rewinds: dict[int, int] = {}
+        self._told: str | None = None  # the newest problem of a save that the screen has shown
         self._limit = time_limit(config.train.stop_after, watch.began) if accelerator.is_main_process else float("inf")
 
     @property
@@ -55,12 +58,13 @@ class Keeper:
     def restore(self) -> None:
         """Goes on from the newest checkpoint that verifies, or begins. Every rank must call this."""
         found: list[Any] = [None]
-        if self.accelerator.is_main_process and not self.job.overwrite:
-            choice = choose(self.config, self.job.data_sha256, reread=True)
+        if self.accelerator.is_main_process:
+            choice = choose(self.config, self.job.data_sha256, reread=True, begin_anew=self.job.overwrite)
             found = [choice.checkpoint]
             for line in choice.lines():
                 self.say(line)
         [checkpoint] = broadcast_object_list(found)
+        self._seed_generators()
         saved = self._load(checkpoint) if checkpoint is not None else {}
         self.tracker_ids = saved.get("trackers", {})
         if self.accelerator.is_main_process:
@@ -114,10 +118,11 @@ class Keeper:
         self._tell_problem()
         self.logbook.mark()
 
-    def end(self) -> None:
-        """The last save; leaves where that was asked for. Every rank must call this."""
+    def end(self, close: Callable[[], None]) -> None:
+        """The last save; leaves where that was asked for. Every rank must call this. close: what to do before that."""
         self._save_surely()
         if self.leaving:
+            close()
             code = EXIT_INTERRUPTED if self.agreement.interrupted else EXIT_PREEMPTED
             self.logbook.end(self.state.step, "interrupted" if self.agreement.interrupted else "preempted")
             (self.run / STOP_FILE).unlink(missing_ok=True)
@@ -155,7 +160,7 @@ class Keeper:
         cursor = self.state.cursor + self.job.plan.global_batch_size
         found: list[Any] = [None]
         if self.accelerator.is_main_process:
-            found = [choose(self.config, self.job.data_sha256, reread=True).checkpoint]
+            found = [newest_whole(self.saver.folder)]
         [checkpoint] = broadcast_object_list(found)
         if checkpoint is None:
             raise RunError(f"{cause}, and there is no checkpoint to go back to")
@@ -180,7 +185,7 @@ class Keeper:
         content.load_optimizer(self.saver.model, self.saver.optimizer, content.read(checkpoint, "optimizer"))
         self.state.restore(saved)
         accelerator = self.accelerator
-        if saved["world_size"] == accelerator.num_processes:  # else every rank's go by (seed, rank) as at the start
+        if saved["world_size"] == accelerator.num_processes:
             content.load_generators(checkpoint, accelerator.process_index, accelerator.device)
         if accelerator.scaler is not None and "scaler" in saved:
             accelerator.scaler.load_state_dict(saved["scaler"])
@@ -190,6 +195,11 @@ class Keeper:
             f"({saved['world_size']} processes then, {accelerator.num_processes} now)"
         )
         return saved
+
+    def _seed_generators(self) -> None:
+        """For models that draw numbers of their own: each rank others, at every start the same. (Dropout has no state.)"""
+        seed = step_seed(self.config.seed, self.state.step, self.accelerator.process_index)
+        content.seed_generators(seed)
 
     def _save(self, wait: bool) -> None:
         """One checkpoint. Every rank must call this."""
@@ -225,8 +235,6 @@ class Keeper:
         if problem is not None and problem != self._told:
             self.say(f"{problem}; training goes on, older checkpoints are kept")
             self._told = problem
-
-    _told: str | None = None
 
     def _deadline(self) -> float:
         """By when to ask for a stop (monotonic): what the newest save took, twice, and two steps, before the limit."""

@@ -70,13 +70,17 @@ class Observer:
     def end(self) -> None:
         """The final export, and where everything lies."""
         self.export("model")
-        for tracker in self.trackers:
-            tracker.finish()
+        self.close()
         self.keeper.logbook.end(self.state.step, "finished")
         self.say(f"done: {self.folder}/model is the model, {self.folder}/metrics.jsonl the figures")
         model, prompt = self.folder / "model", next(iter(self.config.generate.prompts), "The")
         report, generate = ("report", str(self.folder)), ("generate", str(model), "--prompt", prompt)
         self.say("next: " + "   ".join(shlex.join(("clm-dist", *command)) for command in (report, generate)))
+
+    def close(self) -> None:
+        """No more rows: what dashboards still hold in memory is written."""
+        for tracker in self.trackers:
+            tracker.finish()
 
     def evaluate_if_due(self) -> None:
         """Evaluates this step unless that is done; keeps the model where it is the best so far."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,18 @@ def keep(
     if bad:
         cause += f" (that of rank {', '.join(bad)} of {len(ranks)})"
     if accelerator.is_main_process:
-        _write(config, model, state, plan, ranks, cause)
+        try:
+            _write(config, model, state, plan, ranks, cause)
+        except OSError as error:  # what is to be done about the step does not depend on it
+            print(f"the batch of step {state.step + 1} could not be kept: {error}", flush=True)
     return cause
 
 
 def _write(config: Config, model: Any, state: TrainState, plan: Plan, ranks: list[float], cause: str) -> None:
     place = folder(Path(config.run_dir), state.step + 1)
-    if place.exists() or (place.parent.is_dir() and len(list(place.parent.iterdir())) >= MOST):
+    if (place / BATCH).exists() or (place.parent.is_dir() and len(list(place.parent.iterdir())) >= MOST):
         return
+    shutil.rmtree(place, ignore_errors=True)  # half of one, which a kill left
     place.mkdir(parents=True)
     batch = {
         "step": state.step + 1,

@@ -50,7 +50,7 @@ def train(config: Config, overwrite: bool = False, watch: Watch | None = None) -
         observer = Observer(accelerator, config, job, model, keeper)
         observer.begin()
         loop(accelerator, config, job, model, optimizer, keeper, observer)
-        keeper.end()
+        keeper.end(close=observer.close)
         observer.end()
         finish(accelerator)
 

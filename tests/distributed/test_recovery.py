@@ -90,7 +90,7 @@ def test_a_bad_number_on_one_rank_is_everybodys_and_can_be_replayed(folder, tmp_
     weights = {}
     for action in ("skip", "rewind"):
         run = tmp_path / action
-        done, _, failure = faulty(folder, run, fault, f"train.on_nonfinite={action}")
+        done, _, failure = faulty(folder, run, fault, f"train.on_nonfinite={action}", "train.resume=never")
         assert done.code == 0 and failure is None, done.err
         assert f"step 14: the loss is nan (that of rank 1 of 2); {action}" in done.out
         rows = read_rows(run / "ledger.jsonl")
@@ -209,6 +209,19 @@ def test_a_signal_to_one_rank(folder, tmp_path):
     assert wait_for(lambda: reached(tmp_path / "run") >= 5, 60)
     start.send(signal.SIGUSR1, "rank")
     assert start.wait() == 75, start.log.read_text()
+    assert Start(folder / "recipe.yaml", tmp_path / "run", 2).wait() == 0
+    assert compare(tmp_path / "run", folder / "reference") == []
+
+
+@pytest.mark.slow
+def test_a_launcher_that_dies_of_a_signal(folder, tmp_path):
+    """Without PET_SIGNALS_TO_HANDLE, SIGUSR1 kills it at once; its ranks find it gone, save, and leave."""
+    heard_by_default = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT"}
+    start = Start(folder / "recipe.yaml", tmp_path / "run", 2, heard_by_default)
+    assert wait_for(lambda: reached(tmp_path / "run") >= 5, 60)
+    start.send(signal.SIGUSR1, "launcher")
+    assert wait_for(start.outcome.exists, 30) and start.wait() == 75, start.log.read_text()
+    assert "stopped by the end of the launcher; saved at step" in start.log.read_text()
     assert Start(folder / "recipe.yaml", tmp_path / "run", 2).wait() == 0
     assert compare(tmp_path / "run", folder / "reference") == []
 
