@@ -209,9 +209,10 @@ def test_a_stop_file_saves_leaves_and_is_taken_away(folder, tmp_path):
     assert code == 75 and not saved.exists()  # it went on
 
 
-@pytest.mark.parametrize("environment", [{}, {"SLURM_JOB_END_TIME": "12"}], ids=["recipe", "slurm"])
-def test_a_wall_clock_limit(folder, tmp_path, environment):
-    if environment:
+@pytest.mark.parametrize("slurm", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_wall_clock_limit(folder, tmp_path, slurm):
+    environment = {}
+    if slurm:
         environment = {"SLURM_JOB_END_TIME": str(int(time.time()) + 20)}
     limit = [] if environment else ["train.stop_after=20s"]
     began = time.monotonic()

@@ -213,7 +213,7 @@ def environment(accelerator: Any) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cuda else accelerator.device.type,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "threads_per_process": torch.get_num_threads(),
-        "versions": versions(),
+        "versions": {**versions(), "torch": torch.__version__},  # with its build, as in 2.13.0+cpu
     }
 
 

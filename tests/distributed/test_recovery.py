@@ -63,7 +63,7 @@ def test_an_exception_on_one_rank_ends_all_and_is_named(folder, tmp_path):
     ("fault", "reason"),
     [
         ("data:kill:1:9", "its process is gone"),
-        ("data:hang:1:9", "no progress for"),
+        pytest.param("data:hang:1:9", "no progress for", marks=pytest.mark.slow),
         # the launcher takes half a minute to end a process that stands still
         pytest.param("data:stop:1:9", "no sign of life for", marks=pytest.mark.slow),
     ],
@@ -107,6 +107,7 @@ def test_a_bad_number_on_one_rank_is_everybodys_and_can_be_replayed(folder, tmp_
     assert any((weights["skip"][name] != weights["rewind"][name]).any() for name in weights["skip"])
 
 
+@pytest.mark.slow
 def test_replay_shows_the_batch_that_overflows(folder, tmp_path):
     """A weight that is infinite for one token: whichever rank meets it, and `replay` meets it again in one process."""
     from safetensors.torch import load_file as load
@@ -146,6 +147,7 @@ def test_ranks_that_differ_are_found(folder, tmp_path):
     assert failure["step"] == 15
 
 
+@pytest.mark.slow
 def test_worlds_of_other_sizes_go_on_with_the_same_blocks(folder, tmp_path):
     """1, 2, 3 and 1 processes in one run. Dropout goes by micro-batches, which stay the same size."""
     run = tmp_path / "run"
