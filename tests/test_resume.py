@@ -209,7 +209,8 @@ def test_a_stop_file_saves_leaves_and_is_taken_away(folder, tmp_path):
     assert code == 75 and not saved.exists()  # it went on
 
 
-@pytest.mark.parametrize("slurm", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("slurm", [False, True])
 def test_a_wall_clock_limit(folder, tmp_path, slurm):
     environment = {}
     if slurm:

@@ -129,7 +129,7 @@ def test_every_block_once_an_epoch_over_all_ranks(run, folder):
     assert sorted(run(3, 2).stream[:blocks]) == list(range(blocks))
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_evaluation_of_the_same_weights(run, folder, world):
     """The command at another world size: equal to 1e-9, also when a rank has no block at all."""
     run(1, 1)
@@ -148,6 +148,7 @@ def test_evaluation_of_the_same_weights(run, folder, world):
         assert together["eval/accuracy"] == alone["eval/accuracy"]
 
 
+@pytest.mark.slow
 def test_mutant_prepared_scheduler(run):
     mutant = run(2, 1, "prepared_scheduler")
     with pytest.raises(AssertionError):
@@ -156,11 +157,13 @@ def test_mutant_prepared_scheduler(run):
         assert_same_weights(mutant, run(1, 1))
 
 
+@pytest.mark.slow
 def test_mutant_repeat_evaluation(run):
     with pytest.raises(AssertionError):
         assert_same_evaluation_before_training(run(2, 1, "repeat_evaluation"), run(1, 1))
 
 
+@pytest.mark.slow
 def test_mutant_window_count(run):
     """Its own order, so it is compared with itself: right while windows are full, wrong from the epoch's end on."""
     whole, cut = run(1, 1, "window_count"), run(2, 3, "window_count")
@@ -169,6 +172,7 @@ def test_mutant_window_count(run):
         assert_same_losses(cut, whole)
 
 
+@pytest.mark.slow
 def test_mutant_per_rank_mean(run):
     with pytest.raises(AssertionError):
         assert_same_losses(run(2, 1, "per_rank_mean"), run(1, 1))
