@@ -64,7 +64,7 @@ def test_every_command_of_the_readme_runs(copy, tmp_path):
                 continue  # what runs this
             run(command, copy, environment)
     made = {path.name for path in (copy / "runs").iterdir()}
-    assert made == {"demo", "eli5_distilgpt2", "two", "local", "nodes", "watched", "again"}
+    assert made == {"demo", "eli5_distilgpt2", "two", "local", "nodes", "watched", "again", "long", "again-and-again"}
     assert (copy / "best.json").is_file() and (copy / "runs" / "demo" / "report.html").is_file()
     first, again = ((copy / "runs" / name / "metrics.jsonl").read_text() for name in ("watched", "again"))
     losses = [re.findall(r'"(?:train|eval)/loss": ([\d.]+)', text) for text in (first, again)]
