@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from clm_dist.checkpoint import content, folder, tensors
 from clm_dist.checkpoint.folder import Checkpoint
 from clm_dist.checkpoint.sameness import saved_configuration
+from clm_dist.checkpoint.saved import Saved
 from clm_dist.errors import RunError
 
 CPU = torch.device("cpu")
@@ -136,7 +137,7 @@ def test_a_model_and_its_optimizer_go_on_to_the_bit(tmp_path, world_size):
     saved = write(tmp_path, model, optimizer, world_size)
     assert saved.problem() is None
     found = content.read(saved, "model")
-    assert "transformer.wte.weight" in found and "lm_head.weight" not in found  # tied: once
+    assert "transformer.wte.weight" in found.names() and "lm_head.weight" not in found.names()  # tied: once
     other = tiny(seed=1)
     continued = adamw(other)
     content.load_weights(other, found)
@@ -172,7 +173,7 @@ def test_mutant_without_optimizer_state_goes_another_way(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["missing", "more", "shape"])
-def test_weights_of_another_model_are_refused(change):
+def test_weights_of_another_model_are_refused(tmp_path, change):
     model = tiny()
     found = {name: tensor.detach().clone() for name, tensor in content.weights(model).items()}
     name = "transformer.ln_f.bias"
@@ -183,13 +184,36 @@ def test_weights_of_another_model_are_refused(change):
     else:
         found[name] = torch.ones(3)
     with pytest.raises(RunError, match="other" if change == "more" else name):
-        content.load_weights(model, found)
+        content.load_weights(model, written(tmp_path, found))
 
 
-def test_optimizer_state_of_another_model_is_refused():
+def written(tmp_path, held):
+    """Tensors of a file of a checkpoint."""
+    tensors.save(tmp_path / "a.safetensors", held)
+    return Saved([tmp_path / "a.safetensors"])
+
+
+def test_optimizer_state_of_another_model_is_refused(tmp_path):
     model = tiny()
     with pytest.raises(RunError, match="nobody"):
-        content.load_optimizer(model, adamw(model), {"exp_avg.nobody.weight": torch.ones(1)})
+        content.load_optimizer(model, adamw(model), written(tmp_path, {"exp_avg.nobody.weight": torch.ones(1)}))
+
+
+def test_pieces_are_one_tensor(tmp_path):
+    """Three ranks' parts of (4, 3) and one whole (2, 3), read across their seams."""
+    whole, flat = torch.arange(6.0).view(2, 3), torch.arange(12.0)
+    tensors.save(tmp_path / "1", {"w@0": flat[:5], "v": whole})
+    tensors.save(tmp_path / "2", {"w@9": flat[9:]})
+    tensors.save(tmp_path / "3", {"w@5": flat[5:9]})
+    saved = Saved([tmp_path / name for name in "123"])
+    assert saved.names() == {"v", "w"} and saved.numel("w") == 12
+    assert saved.read("w", 4, 10).tolist() == [4, 5, 6, 7, 8, 9]
+    assert saved.whole("w", torch.Size([4, 3])).tolist() == flat.view(4, 3).tolist()
+    assert saved.read("v", 1, 5).tolist() == [1, 2, 3, 4]  # of rows 0 and 1
+    with pytest.raises(RunError, match="w was saved with 12 elements, the model has"):
+        saved.whole("w", torch.Size([4, 4]))
+    with pytest.raises(RunError, match="w: the checkpoint holds no elements 9 to 12"):
+        Saved([tmp_path / "1", tmp_path / "3"]).read("w", 8, 12)
 
 
 def draw():

@@ -10,6 +10,7 @@ from conftest import recipe_values
 
 from clm_dist import recipe
 from clm_dist.checkpoint import content, disk, folder, tensors
+from clm_dist.engine.replicated import Replicated
 from clm_dist.training.saver import Saver
 from clm_dist.training.state import TrainState
 from clm_dist.watch.watch import Watch
@@ -24,13 +25,14 @@ def saver(tmp_path):
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     config = recipe.build(recipe_values(tmp_path, checkpoint={"keep_last": 2}))
-    return Saver(Accelerator(cpu=True), config, model, optimizer, tmp_path / "run", Watch())
+    accelerator = Accelerator(cpu=True)
+    return Saver(accelerator, config, Replicated(accelerator, model, optimizer, 1.0), tmp_path / "run", Watch())
 
 
 def saved_weight(saver, step):
     [one] = [one for one in folder.checkpoints(saver.folder) if one.step == step]
     assert one.problem() is None
-    return content.read(one, "model")["weight"]
+    return content.read(one, "model").whole("weight", torch.Size([3, 4]))
 
 
 def spoil(monkeypatch, module, name, error):
@@ -47,14 +49,14 @@ def spoil(monkeypatch, module, name, error):
 
 @pytest.mark.parametrize("copied", [True, False], ids=["ours", "mutant without a copy"])
 def test_what_is_written_behind_training_is_what_was(saver, monkeypatch, copied):
-    before, go_on = saver.model.weight.detach().clone(), threading.Event()
+    before, go_on = saver.engine.plain.weight.detach().clone(), threading.Event()
     original = tensors.save
     monkeypatch.setattr(tensors, "save", lambda *arguments: (go_on.wait(10), original(*arguments))[1])
     if not copied:
         monkeypatch.setattr(Saver, "_copied", lambda self, kind, held: held)
     saver.save(TrainState(step=7), {}, wait=False)
     with torch.no_grad():
-        saver.model.weight += 1  # training goes on while nothing is written yet
+        saver.engine.plain.weight += 1  # training goes on while nothing is written yet
     go_on.set()
     saver.wait()
     assert torch.equal(saved_weight(saver, 7), before) == copied
@@ -94,4 +96,4 @@ def test_what_is_large_is_written_in_several_files(saver, monkeypatch):
     [one] = folder.checkpoints(saver.folder)
     assert sum(name.startswith("model-") for name in one.files()) == 2
     assert sum(name.startswith("optimizer-") for name in one.files()) == 4
-    assert torch.equal(content.read(one, "model")["bias"], saver.model.bias)
+    assert torch.equal(content.read(one, "model").read("bias", 0, 3), saver.engine.plain.bias)

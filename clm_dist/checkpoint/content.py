@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from clm_dist.checkpoint import tensors
 from clm_dist.checkpoint.folder import Checkpoint
+from clm_dist.checkpoint.saved import Saved
 from clm_dist.errors import RunError
 
 Tensors = dict[str, torch.Tensor]
@@ -52,37 +52,35 @@ def parts(held: Tensors, most: int) -> list[tuple[str, Tensors]]:
     return [(f".{part + 1}", share(held, part, count)) for part in range(count)]
 
 
-def load_weights(model: torch.nn.Module, found: Tensors) -> None:
+def load_weights(model: torch.nn.Module, found: Saved) -> None:
     """Puts saved weights into a model of the same architecture."""
     live = weights(model)
-    _check_names("weights", set(live), set(found))
+    check_names("weights", set(live), found.names())
     with torch.no_grad():
         for name, tensor in live.items():
-            if tensor.shape != found[name].shape:
-                raise RunError(f"{name} was saved as {tuple(found[name].shape)}, the model has {tuple(tensor.shape)}")
-            tensor.copy_(found[name])
+            tensor.copy_(found.whole(name, tensor.shape))
 
 
-def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, found: Tensors) -> None:
+def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, found: Saved) -> None:
     """Gives the optimizer back what it remembered; nothing of what it was told (learning rates, decays)."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    by_parameter: dict[str, Tensors] = {}
-    for full_name, tensor in found.items():
+    parameters = dict(model.named_parameters())
+    by_name: dict[str, Tensors] = {}
+    for full_name in sorted(found.names()):
         key, _, name = full_name.partition(".")
-        by_parameter.setdefault(name, {})[key] = tensor
-    _check_names("parameters of the optimizer", set(by_parameter) - set(names.values()), set())
+        if name not in parameters:
+            raise RunError(f"the checkpoint's optimizer remembers {name}, which the model has not")
+        shape = parameters[name].shape if found.numel(full_name) == parameters[name].numel() and key != "step" else ()
+        by_name.setdefault(name, {})[key] = found.whole(full_name, torch.Size(shape))
+    names = {parameter: name for name, parameter in parameters.items()}
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {i: by_parameter[names[parameter]] for i, parameter in enumerate(order) if names[parameter] in by_parameter}
+    state = {i: by_name[names[parameter]] for i, parameter in enumerate(order) if names[parameter] in by_name}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def read(checkpoint: Checkpoint, kind: str) -> Tensors:
+def read(checkpoint: Checkpoint, kind: str) -> Saved:
     """All shares of `model` or `optimizer`, whoever wrote them."""
-    found: Tensors = {}
-    for name in checkpoint.files():
-        if name.startswith(f"{kind}-") and name.endswith(".safetensors"):
-            found |= tensors.load(checkpoint.path / name)
-    return found
+    names = [name for name in checkpoint.files() if name.startswith(f"{kind}-") and name.endswith(".safetensors")]
+    return Saved([checkpoint.path / name for name in names])
 
 
 def generators(device: torch.device) -> dict[str, Any]:
@@ -126,7 +124,8 @@ def _bytes(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
-def _check_names(what: str, live: set[str], found: set[str]) -> None:
+def check_names(what: str, live: set[str], found: set[str]) -> None:
+    """RunError, naming one, where the model has other tensors than the checkpoint."""
     if live != found:
         different = sorted(live ^ found)
         raise RunError(f"{what} differ from the checkpoint's: {different[0]} (and {len(different) - 1} more)")

@@ -1,31 +1,41 @@
 """A plain Hugging Face folder: safetensors, tokenizer, generation config, model card."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+import torch
+from safetensors import safe_open
 
 from clm_dist.config import GenerateConfig
+from clm_dist.errors import RunError
 
 
 def export(
-    accelerator: Accelerator, model: Any, tokenizer: Any, folder: Path, card: str, sampling: GenerateConfig
+    plain: Any,
+    weights: Iterable[tuple[str, torch.Tensor | None]],
+    tokenizer: Any,
+    folder: Path,
+    card: str,
+    sampling: GenerateConfig,
+    is_main_process: bool,
 ) -> None:
     """Writes `folder` for `from_pretrained` and `pipeline`. Every rank must call this; the main process writes.
 
-    Written beside its place first; a folder of that name stays until the new one is whole.
+    weights: all of them by name; taking them is collective where they are sharded. Written beside its place first, and
+    read back: a folder of that name stays until the new one is whole.
     """
-    weights = accelerator.get_state_dict(model)  # collective where weights are sharded
-    if not accelerator.is_main_process:
+    held = {name: tensor for name, tensor in weights if tensor is not None}
+    if not is_main_process:
         return
-    plain = accelerator.unwrap_model(model)  # keeps mixed precision: without it the training that follows would lose it
     staged = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     _set_generation_defaults(plain, tokenizer, sampling)
     trained_with_cache, plain.config.use_cache = plain.config.use_cache, True  # off in training only
-    plain.save_pretrained(staged, state_dict=weights, is_main_process=True)
+    plain.save_pretrained(staged, state_dict=dict(held), is_main_process=True)
     plain.config.use_cache = trained_with_cache
+    check_written(staged, held)
     tokenizer.save_pretrained(staged)
     (staged / "README.md").write_text(card, encoding="utf-8")
     for path in staged.glob("*.safetensors"):  # which safetensors makes readable to its owner alone
@@ -36,6 +46,36 @@ def export(
         folder.rename(former)
     staged.rename(folder)
     shutil.rmtree(former, ignore_errors=True)
+
+
+def check_written(folder: Path, live: dict[str, torch.Tensor]) -> None:
+    """RunError unless the files hold every live tensor, byte for byte: one of those that are tied is enough.
+
+    Sharded weights that were never gathered come out as empty tensors, and load as such.
+    """
+    missing = {tensor.data_ptr(): name for name, tensor in live.items() if tensor.numel()}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # no dictionary
+                written = file.get_tensor(name)
+                if name not in live:
+                    raise RunError(f"{path} holds {name}, which the model has not")
+                if written.shape != live[name].shape or not _same_bits(written, live[name]):
+                    raise RunError(
+                        f"{path}: {name} {tuple(written.shape)} {written.dtype} is not the live {tuple(live[name].shape)} "
+                        f"{live[name].dtype}"
+                    )
+                missing.pop(live[name].data_ptr(), None)
+    if missing:
+        raise RunError(f"{folder} lacks {next(iter(missing.values()))} (and {len(missing) - 1} more)")
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equality of bytes: NaN equals itself."""
+    if one.dtype != other.dtype:
+        return False
+    bits = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(*bits)
 
 
 def _set_generation_defaults(model: Any, tokenizer: Any, sampling: GenerateConfig) -> None:

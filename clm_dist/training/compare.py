@@ -8,15 +8,17 @@ from accelerate import Accelerator
 from clm_dist.errors import RunError
 
 
-def compare_ranks(accelerator: Accelerator, model: torch.nn.Module, lr: float, cursor: int) -> None:
-    """RunError, on all ranks, naming the first thing that differs. Every rank must call this; a sync."""
+def compare_ranks(accelerator: Accelerator, held: dict[str, torch.Tensor], lr: float, cursor: int) -> None:
+    """RunError, on all ranks, naming the first thing that differs. Every rank must call this; a sync.
+
+    held: what every rank should hold alike.
+    """
     if accelerator.num_processes == 1:
         return
-    held = dict(model.named_parameters())
     sums = [check_sum(tensor) for tensor in held.values()]
     (lr_bits,) = struct.unpack("<q", struct.pack("<d", lr))
     numbers = torch.tensor([lr_bits, cursor], dtype=torch.int64, device=accelerator.device)
-    table = accelerator.gather(torch.cat([torch.stack(sums), numbers])[None])  # (world_size, things); sync
+    table = accelerator.gather(torch.cat([*(one[None] for one in sums), numbers])[None])  # (world_size, things); sync
     different = (table != table[0]).any(0).nonzero().flatten().tolist()
     if different:
         names = [*held, "the learning rate", "the data position"]

@@ -62,10 +62,12 @@ def evaluate(
     micro_batch_size: int,
     tokens_per_byte: float,
     leave: Callable[[], bool] | None = None,
+    sharded: bool = False,
 ) -> Evaluation | None:
     """Evaluates `model` on all blocks of `batches`. Every rank must call this; a rank may have nothing to do.
 
-    leave: asked by every rank before each turn; where it says yes, there is no result.
+    leave: asked by every rank before each turn; where it says yes, there is no result. sharded: a forward pass is
+    collective, so that a rank with nothing to do runs one whose result does not count.
 
     The batches are the same at every world size; batch j is computed by rank j % world_size and its sums (fp64) are put
     into row j of a table. Adding the tables of all ranks adds zeros only, and fsum rounds once: the result does not
@@ -79,16 +81,21 @@ def evaluate(
     was_training = plain.training
     plain.eval()
     stopped = False
-    with torch.inference_mode():
+    # what is gathered in inference mode could not be trained with afterwards
+    with torch.no_grad() if sharded else torch.inference_mode():
         turns = range(0, len(starts), accelerator.num_processes)
         for turn in progress(turns, "evaluating", "batches", visible=accelerator.is_main_process):
             if leave is not None and (stopped := leave()):
                 break
             j = turn + accelerator.process_index
-            if j >= len(starts):  # others have one more
+            spare = j >= len(starts)  # others have one more
+            if spare and not sharded:
                 continue
-            batch = batches.batch(range(starts[j], min(starts[j] + micro_batch_size, blocks)))
-            table[j] = _sums(plain(**batch.inputs()).logits, batch)
+            first = starts[0] if spare else starts[j]
+            batch = batches.batch(range(first, min(first + micro_batch_size, blocks)))
+            sums = _sums(plain(**batch.inputs()).logits, batch)
+            if not spare:
+                table[j] = sums
     plain.train(was_training)
     if stopped:
         return None

@@ -31,6 +31,7 @@ class Job:
     tokenizer: Any
     model_configuration: Any
     plan: Plan
+    deepspeed: dict[str, Any] | None  # its settings without any "auto", where the launch asks for it
     overwrite: bool  # whether run_dir may hold a run, to be replaced
     finished: bool  # whether run_dir holds this very run, at its end
 
@@ -57,7 +58,9 @@ def open_job(config: Config, overwrite: bool) -> Job:
     if overwrite:
         choose(config, data, reread=False, begin_anew=True)  # a checkpoint that was named has to fit all the same
     finished = may_resume and not overwrite and _goes_on(config, data, plan)
-    return Job(manifest, data, train_blocks, eval_blocks, tokenizer, built, plan, overwrite, finished)
+    return Job(
+        manifest, data, train_blocks, eval_blocks, tokenizer, built, plan, _deepspeed(config, plan), overwrite, finished
+    )
 
 
 def _goes_on(config: Config, data: str, plan: Plan) -> bool:
@@ -69,3 +72,26 @@ def _goes_on(config: Config, data: str, plan: Plan) -> bool:
         return False
     last = last_row(run / "ledger.jsonl") or {}
     return checkpoint.step == plan.max_steps == last.get("step") and last.get("state") == "finished"
+
+
+def _deepspeed(config: Config, plan: Plan) -> dict[str, Any] | None:
+    import json
+    import os
+
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return None
+    v = json.loads(Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text())
+    v.update(
+        train_micro_batch_size_per_gpu=plan.micro_batch_size,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        train_batch_size=plan.global_batch_size,
+        gradient_clipping=config.optim.max_grad_norm or 0.0,
+        zero_allow_untested_optimizer=True,
+        zero_force_ds_cpu_optimizer=False,
+        steps_per_print=10**12,
+    )
+    if config.train.mixed_precision == "bf16":
+        v["bf16"] = {"enabled": True}
+        if v["zero_optimization"]["stage"] > 1:
+            v["data_types"] = {"grad_accum_dtype": "fp32"}
+    return v

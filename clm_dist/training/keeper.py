@@ -15,6 +15,7 @@ from clm_dist.checkpoint import content
 from clm_dist.checkpoint.folder import Checkpoint, newest_whole
 from clm_dist.config import Config
 from clm_dist.data.order import step_seed
+from clm_dist.engine.engine import Engine
 from clm_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, RunEnded, RunError
 from clm_dist.training import offence, run_folder
 from clm_dist.training.agreement import Agreement
@@ -36,15 +37,14 @@ REWINDS = 5  # to one checkpoint; more mean that the data is not what is wrong
 class Keeper:
     """Of one run. Every rank has one and makes every call; the main process writes."""
 
-    def __init__(
-        self, accelerator: Accelerator, config: Config, job: Job, model: Any, optimizer: Any, watch: Watch
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, config: Config, job: Job, engine: Engine, watch: Watch) -> None:
         self.accelerator, self.config, self.job, self.watch = accelerator, config, job, watch
+        self.engine = engine
         self.run = Path(config.run_dir)
         self.state = TrainState()
         self.tracker_ids: dict[str, str] = {}
         self.agreement = Agreement(accelerator, watch)
-        self.saver = Saver(accelerator, config, model, optimizer, self.run, watch)
+        self.saver = Saver(accelerator, config, engine, self.run, watch)
         self.logbook = Logbook(accelerator, config, job, self.run)
         self._rewinds: dict[int, int] = {}
         self._told: str | None = None  # the newest problem of a save that the screen has shown
@@ -86,7 +86,7 @@ class Keeper:
         nll: this rank's summed nats of the step. tokens: scored tokens of all ranks.
         """
         # under a scaler gradients overflow now and then by design, and it sees to that itself
-        bad = float(not torch.isfinite(grad_norm)) if self.accelerator.scaler is None else 0.0
+        bad = float(not torch.isfinite(grad_norm)) if not self.engine.scales else 0.0
         total, bad_ranks, digest = self.agreement.sum(nll, bad, batches.digest)
         self.logbook.read(int(digest), batches.seconds)
         loss = total / tokens
@@ -111,7 +111,7 @@ class Keeper:
         """Compares and saves where that is due. Every rank must call this."""
         step, state = self.state.step, self.state
         if step % self.config.train.compare_ranks_every == 0:
-            compare_ranks(self.accelerator, self.saver.model, lr, state.cursor)
+            compare_ranks(self.accelerator, self.engine.replicas(), lr, state.cursor)
         if step % self.config.checkpoint.save_every == 0 and not self.leaving:
             self._save(wait=not self.config.checkpoint.asynchronous)
         self.saver.check()
@@ -139,9 +139,7 @@ class Keeper:
     def _deal_with(self, found: Verdict, nll: torch.Tensor) -> None:
         """Keeps the offending batch, and stops or goes back where the recipe says so. Every rank must call this."""
         step = self.state.step + 1
-        cause = offence.keep(
-            self.accelerator, self.config, self.saver.model, self.state, self.job.plan, nll, found.cause
-        )
+        cause = offence.keep(self.accelerator, self.config, self.engine, self.state, self.job.plan, nll, found.cause)
         what = f"step {step}: {cause}"
         self.say(f"{what}; {found.action}; kept: `clm-dist replay {self.run} {step}`")
         if found.action == "stop":
@@ -181,14 +179,13 @@ class Keeper:
     def _load(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Becomes what was saved; returns state.json. Every rank must call this."""
         saved = checkpoint.state()
-        content.load_weights(self.saver.model, content.read(checkpoint, "model"))
-        content.load_optimizer(self.saver.model, self.saver.optimizer, content.read(checkpoint, "optimizer"))
+        self.engine.load(content.read(checkpoint, "model"), content.read(checkpoint, "optimizer"))
         self.state.restore(saved)
         accelerator = self.accelerator
         if saved["world_size"] == accelerator.num_processes:
             content.load_generators(checkpoint, accelerator.process_index, accelerator.device)
-        if accelerator.scaler is not None and "scaler" in saved:
-            accelerator.scaler.load_state_dict(saved["scaler"])
+        if "scaler" in saved:
+            self.engine.load_scaler_state(saved["scaler"])
         self.saver.restored(self.state.step)
         self.say(
             f"resumed at step {self.state.step:,} from {checkpoint.path} "

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from clm_dist.config import Config
+from clm_dist.engine.engine import Engine
 from clm_dist.model.build import max_positions
 from clm_dist.model.generate import generate
 from clm_dist.publish.card import model_card
@@ -26,14 +27,12 @@ from clm_dist.training.meter import Meter, evaluation_line, train_line
 class Observer:
     """Watches a run and writes its folder. Every rank has one and makes every call; the main process writes."""
 
-    def __init__(
-        self, accelerator: Accelerator, config: Config, job: Job, model: torch.nn.Module, keeper: Keeper
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, config: Config, job: Job, engine: Engine, keeper: Keeper) -> None:
         self.accelerator = accelerator
         self.config = config
         self.job = job
         self.plan = job.plan
-        self.model = model
+        self.engine = engine
         self.keeper, self.state, self.watch = keeper, keeper.state, keeper.watch
         self.meter = Meter(job.plan)
         self.folder = Path(config.run_dir)
@@ -46,9 +45,10 @@ class Observer:
             self.trackers, self.keeper.tracker_ids = open_trackers(
                 self.config, self.folder, self.keeper.tracker_ids, self.state.step
             )
-        plain = self.accelerator.unwrap_model(self.model)
-        self.parameters = sum(parameter.numel() for parameter in plain.parameters())
-        self.say(f"{type(plain).__name__}, {self.parameters:,} parameters, on {self.accelerator.device.type}")
+        plain = self.engine.plain
+        self.parameters = sum(getattr(one, "ds_numel", one.numel()) for one in plain.parameters())
+        where = f"on {self.accelerator.device.type}, {self.engine.name}"
+        self.say(f"{type(plain).__name__}, {self.parameters:,} parameters, {where}")
         self.say(str(self.plan))
         self.evaluate_if_due()
         self.keeper.logbook.mark()
@@ -104,11 +104,12 @@ class Observer:
             return {}
         result = evaluate(
             self.accelerator,
-            self.model,
+            self.engine.plain,
             Batches(self.job.eval_blocks, self.config.train.isolate_documents, self.accelerator.device),
             self.config.evaluate.micro_batch_size,
             self.job.manifest.tokens_per_byte("eval"),
             self.keeper.agreement.tick,
+            self.engine.sharded,
         )
         if result is None:
             return {}
@@ -119,7 +120,7 @@ class Observer:
 
     def sample(self) -> None:
         """Continues the recipe's prompts."""
-        plain = self.accelerator.unwrap_model(self.model)
+        plain = self.engine.plain
         for number, prompt in enumerate(self.config.generate.prompts):
             text = generate(plain, self.job.tokenizer, prompt, self.config.generate, self.config.seed + number)
             if self.accelerator.is_main_process:
@@ -143,7 +144,9 @@ class Observer:
         sampling, positions = self.config.generate, max_positions(self.job.model_configuration)
         if positions is not None and sampling.max_new_tokens >= positions:  # `pipeline` would run past the last
             sampling = sampling.model_copy(update={"max_new_tokens": positions // 2})
-        export(self.accelerator, self.model, self.job.tokenizer, self.folder / name, card, sampling)
+        weights = self.engine.full_weights()
+        main = self.accelerator.is_main_process
+        export(self.engine.plain, weights, self.job.tokenizer, self.folder / name, card, sampling, main)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One row to metrics.jsonl and every dashboard (none but on the main process)."""

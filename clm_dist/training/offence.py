@@ -10,8 +10,9 @@ import torch
 from accelerate import Accelerator
 
 from clm_dist import recipe
-from clm_dist.checkpoint import content, tensors
+from clm_dist.checkpoint import tensors
 from clm_dist.config import Config
+from clm_dist.engine.engine import Engine
 from clm_dist.training.plan import Plan
 from clm_dist.training.state import TrainState
 
@@ -25,7 +26,13 @@ def folder(run: Path, step: int) -> Path:
 
 
 def keep(
-    accelerator: Accelerator, config: Config, model: Any, state: TrainState, plan: Plan, nll: torch.Tensor, cause: str
+    accelerator: Accelerator,
+    config: Config,
+    engine: Engine,
+    state: TrainState,
+    plan: Plan,
+    nll: torch.Tensor,
+    cause: str,
 ) -> str:
     """Writes down the step under way, before its update; returns the cause with the ranks at fault. Every rank must call
     this."""
@@ -33,15 +40,18 @@ def keep(
     bad = [str(rank) for rank, one in enumerate(ranks) if not math.isfinite(one)]
     if bad:
         cause += f" (that of rank {', '.join(bad)} of {len(ranks)})"
+    weights = {name: tensor for name, tensor in engine.full_weights() if tensor is not None}
     if accelerator.is_main_process:
         try:
-            _write(config, model, state, plan, ranks, cause)
+            _write(config, weights, state, plan, ranks, cause)
         except OSError as error:  # what is to be done about the step does not depend on it
             print(f"the batch of step {state.step + 1} could not be kept: {error}", flush=True)
     return cause
 
 
-def _write(config: Config, model: Any, state: TrainState, plan: Plan, ranks: list[float], cause: str) -> None:
+def _write(
+    config: Config, weights: dict[str, Any], state: TrainState, plan: Plan, ranks: list[float], cause: str
+) -> None:
     place = folder(Path(config.run_dir), state.step + 1)
     if (place / BATCH).exists() or (place.parent.is_dir() and len(list(place.parent.iterdir())) >= MOST):
         return
@@ -59,5 +69,5 @@ def _write(config: Config, model: Any, state: TrainState, plan: Plan, ranks: lis
         "nll_of_ranks": [str(one) for one in ranks],  # text: JSON has no NaN
     }
     (place / "config.yaml").write_text(recipe.dump(config), encoding="utf-8")
-    tensors.save(place / WEIGHTS, {name: tensor.detach().cpu() for name, tensor in content.weights(model).items()})
+    tensors.save(place / WEIGHTS, {name: tensor.detach().cpu() for name, tensor in weights.items()})
     (place / BATCH).write_text(json.dumps(batch, indent=1) + "\n", encoding="utf-8")

@@ -14,9 +14,3 @@ def make_optimizer(model: torch.nn.Module, optim: OptimConfig) -> torch.optim.Ad
     ]
     # fused: one pass over each tensor, on GPU and CPU alike
     return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Every group gets `lr`, before backward: DeepSpeed updates inside backward()."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr

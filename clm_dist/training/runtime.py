@@ -3,12 +3,14 @@
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from clm_dist.engine.deepspeed import start_deepspeed
 from clm_dist.errors import UserError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # covers the main process writing a large model while the others wait
@@ -52,18 +54,20 @@ def check_launch(mixed_precision: str, environment: Mapping[str, str] = os.envir
         raise UserError("train.mixed_precision=fp16 needs a GPU; set train.mixed_precision=bf16 or no")
 
 
-def start(mixed_precision: str) -> Accelerator:
+def start(mixed_precision: str, deepspeed: dict[str, Any] | None = None) -> Accelerator:
     """The Accelerator of this process, with a world of the size that was launched. Every rank must call this."""
     check_launch(mixed_precision)
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision,
-        # without `cpu` Accelerate sees no way to join two launched processes on a machine without a GPU
-        cpu=not torch.accelerator.is_available(),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ],
-    )
+    timeout = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
+    if deepspeed is None:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # of a command that needs no optimizer: plain processes do
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision,
+            # without `cpu` Accelerate sees no way to join two launched processes on a machine without a GPU
+            cpu=not torch.accelerator.is_available(),
+            kwargs_handlers=[timeout, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+    else:
+        accelerator = start_deepspeed(mixed_precision, deepspeed, timeout)
     group = dist.get_world_size() if dist.is_initialized() else 1
     if not launched_world_size() == group == accelerator.num_processes:
         raise UserError(
@@ -72,20 +76,6 @@ def start(mixed_precision: str) -> Accelerator:
             "Launch with --config_file accelerate_configs/ddp.yaml"
         )
     return accelerator
-
-
-def settle_buckets(model: torch.nn.Module, device: torch.device, block_size: int) -> None:
-    """One pass whose gradients are thrown away, before the first step of every start. Every rank must call this.
-
-    DDP exchanges gradients in buckets, and after its first backward pass makes them anew, in the order in which gradients
-    came (`Reducer::rebuild_buckets`). Where a value lies in a bucket decides in which order three or more ranks add it up:
-    without this the first step after a resume would round otherwise than the same step of a run that went on.
-    """
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        model.train()
-        ids = torch.zeros(1, block_size, dtype=torch.int64, device=device)
-        model(input_ids=ids).logits.sum().backward()
-        model.zero_grad()
 
 
 def finish(accelerator: Accelerator) -> None:

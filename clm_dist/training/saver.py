@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from clm_dist import recipe
 from clm_dist.checkpoint import content, disk, folder, tensors
 from clm_dist.config import Config
+from clm_dist.engine.engine import Engine
 from clm_dist.training.state import TrainState
 from clm_dist.watch.watch import Watch
 
@@ -23,12 +24,8 @@ FILE_BYTES = 2**28  # about; larger shares are written as several files
 class Saver:
     """Writes checkpoints of one run. Every rank has one and makes every call."""
 
-    def __init__(
-        self, accelerator: Accelerator, config: Config, model: Any, optimizer: Any, run: Path, watch: Watch
-    ) -> None:
-        self.accelerator, self.config, self.watch = accelerator, config, watch
-        self.model = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
-        self.optimizer = getattr(optimizer, "optimizer", optimizer)
+    def __init__(self, accelerator: Accelerator, config: Config, engine: Engine, run: Path, watch: Watch) -> None:
+        self.accelerator, self.config, self.engine, self.watch = accelerator, config, engine, watch
         self.folder = run / "checkpoints"
         self.newest = -1  # step of the newest committed checkpoint, as far as the main process knows
         self.problem: str | None = None  # why the last save failed; on the main process
@@ -53,18 +50,13 @@ class Saver:
         self.watch.at("waiting for the others")
         self.accelerator.wait_for_everyone()
         self.watch.at("saving")
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        everything = {
-            "model": content.weights(self.model),
-            "optimizer": content.optimizer_state(self.model, self.optimizer),
-        }
-        mine = {kind: content.share(held, rank, world_size) for kind, held in everything.items()}
+        mine = self.engine.held()
         if not wait or self.accelerator.device.type != "cpu":
             mine = {kind: self._copied(kind, held) for kind, held in mine.items()}
         generators = content.generators(self.accelerator.device)
-        document = {**state.to_json(), "world_size": world_size, "format": folder.FORMAT, **facts}
-        if self.accelerator.scaler is not None:
-            document["scaler"] = self.accelerator.scaler.state_dict()
+        document = {**state.to_json(), "world_size": self.accelerator.num_processes, "format": folder.FORMAT, **facts}
+        if (scaler := self.engine.scaler_state()) is not None:
+            document["scaler"] = scaler
         work = (state, mine, generators, document, began, problem, wait)
         if wait:
             self._write(*work)

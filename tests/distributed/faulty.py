@@ -19,6 +19,7 @@ import clm_dist.training.observer as observing
 import clm_dist.training.train as training
 from clm_dist.checkpoint import tensors
 from clm_dist.cli import main
+from clm_dist.engine.replicated import Replicated
 from clm_dist.training.agreement import Agreement
 
 PLACE, ACTION, RANK, TIMES, *_ = [*os.environ.get("CLM_DIST_FAULT", "none:none").split(":"), "", ""]
@@ -125,7 +126,7 @@ def local_flag(original):
 
 
 if ACTION == "unsettled":  # DDP's buckets as they come: other ones in the first step of a start than in the next
-    training.settle_buckets = lambda *_: None
+    Replicated.settle = lambda *_: None
 if ACTION == "local-flag":
     Agreement.sum = local_flag(Agreement.sum)
 

@@ -8,6 +8,7 @@ from accelerate import Accelerator, PartialState
 import clm_dist.training.observer as observing
 import clm_dist.training.train as training
 from clm_dist.data.order import micro_batches
+from clm_dist.engine.replicated import Replicated
 from clm_dist.training.batches import Batches
 from clm_dist.training.evaluate import Evaluation
 
@@ -29,11 +30,11 @@ def prepared_scheduler() -> None:
     made: dict[str, object] = {}
     original = training.lr_at
 
-    def stepped(optimizer: object, lr: float) -> None:
+    def stepped(engine: Replicated, lr: float) -> None:
         if not made:
             shape = lambda step: max(0.0, 1 - step / made["max_steps"])  # noqa: E731
             made["max_steps"] = made_max_steps[0]
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, shape)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, shape)
             made["scheduler"] = Accelerator().prepare_scheduler(scheduler)
         else:
             made["scheduler"].step()
@@ -45,13 +46,13 @@ def prepared_scheduler() -> None:
         return original(step, max_steps, optim)
 
     training.lr_at = noted
-    training.set_lr = stepped
+    Replicated.set_lr = stepped
 
 
 def repeat_evaluation() -> None:
     """`gather_for_metrics(loss.repeat(batch_size))` and a mean over what came: the no-trainer examples' evaluation."""
 
-    def evaluate(accelerator, model, batches, micro_batch_size, tokens_per_byte, leave):
+    def evaluate(accelerator, model, batches, micro_batch_size, tokens_per_byte, leave, sharded):
         blocks = batches.blocks
         rows = torch.from_numpy(blocks[list(range(len(blocks)))].astype("int64"))
         loader = accelerator.prepare(torch.utils.data.DataLoader(rows, batch_size=micro_batch_size))
@@ -77,14 +78,14 @@ def window_count() -> None:
         now[:] = cursor // global_batch_size, seed
         return order_of(cursor, global_batch_size, num_blocks, seed)
 
-    def window(batches, _, plan, accelerator, watch):
+    def window(batches, _, plan, rank, watch):
         step, seed = now
         updates = -(-plan.num_blocks // plan.global_batch_size)
         epoch, within = divmod(step, updates)
         order = torch.randperm(plan.num_blocks, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
         rows = order[within * plan.global_batch_size : (within + 1) * plan.global_batch_size]
         micro = [rows[i : i + plan.micro_batch_size] for i in range(0, len(rows), plan.micro_batch_size)]
-        micro = micro[accelerator.process_index :: plan.world_size] or [rows[:1]]
+        micro = micro[rank :: plan.world_size] or [rows[:1]]
         for indices in micro:
             # `scored_tokens` below is that of a full step: turn the sum into mean / accumulation steps
             scale[0] = plan.micro_batch_size / len(indices)

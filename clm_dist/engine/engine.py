@@ -1,0 +1,87 @@
+"""What the loop needs of whatever holds weights, gradients and optimizer states. The loop does not know which it has."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from clm_dist.checkpoint.content import Tensors
+from clm_dist.checkpoint.saved import Saved
+
+
+class Engine(ABC):
+    """A model with its optimizer, on this rank. Every rank has one and makes every call."""
+
+    name: str  # for the screen
+    sharded = False  # whether a forward pass is collective: every rank must then make as many as any other
+
+    def __init__(self, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.accelerator = accelerator
+        self.model = model  # what training calls
+        self.optimizer = optimizer  # the one that holds the learning rates
+
+    @property
+    @abstractmethod
+    def plain(self) -> Any:
+        """The transformers model inside."""
+
+    @property
+    def scales(self) -> bool:
+        """Whether the loss is scaled (fp16): gradients then overflow now and then by design."""
+        return False
+
+    def set_lr(self, lr: float) -> None:
+        """Of every parameter group."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    @abstractmethod
+    def micro_step(self, last: bool) -> AbstractContextManager[Any]:
+        """Around one forward and backward. last: of its step, when gradients must have been summed over all ranks."""
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds to the gradients. loss: (); the mean over ranks is what is differentiated."""
+
+    @abstractmethod
+    def gradient_norm(self) -> torch.Tensor:
+        """The norm over all gradients of the step, before clipping, (); infinite where one is no finite number. Once a
+        step, before `step`. Every rank must call this."""
+
+    @abstractmethod
+    def step(self, update: bool) -> None:
+        """Clips, updates the weights unless that is withheld, and forgets the gradients. Every rank must call this."""
+
+    def settle(self, block_size: int) -> None:  # noqa: B027
+        """Whatever would make the first step of a start another than the same step of a run that went on."""
+
+    @abstractmethod
+    def held(self) -> dict[str, Tensors]:
+        """This rank's part of a checkpoint, by kind (model, optimizer): of every value one rank has a copy that it names.
+
+        Weights are those that the optimizer updates (fp32). Views, not copies.
+        """
+
+    @abstractmethod
+    def load(self, model: Saved, optimizer: Saved) -> None:
+        """Becomes what was saved, by whatever engine and number of ranks. Every rank must call this."""
+
+    @abstractmethod
+    def full_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """All weights and saved buffers as the model computes with them, one after the other, tied ones under each name:
+        on the main process, in memory of the CPU or of the model itself; elsewhere None. Every rank must call this, and
+        take them all."""
+
+    @abstractmethod
+    def replicas(self) -> Tensors:
+        """What every rank should hold alike."""
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        """Of the loss scale, for JSON; None where there is none."""
+        return None
+
+    def load_scaler_state(self, saved: dict[str, Any]) -> None:  # noqa: B027
+        """Goes on with a loss scale."""

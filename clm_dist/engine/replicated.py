@@ -1,0 +1,88 @@
+"""Every rank holds all of it: DistributedDataParallel (Li et al., arXiv:2006.15704), or one process."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from clm_dist.checkpoint import content
+from clm_dist.checkpoint.content import Tensors
+from clm_dist.checkpoint.saved import Saved
+from clm_dist.engine.engine import Engine
+
+
+class Replicated(Engine):
+    """By Accelerate's own means."""
+
+    def __init__(
+        self, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None
+    ) -> None:
+        prepared, self._stepper = accelerator.prepare(model, optimizer)
+        super().__init__(accelerator, prepared, self._stepper.optimizer)
+        self._max_norm = max_norm or float("inf")
+        self.name = "DDP" if accelerator.num_processes > 1 else "one process"
+
+    @property
+    def plain(self) -> Any:
+        return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
+
+    @property
+    def scales(self) -> bool:
+        return self.accelerator.scaler is not None
+
+    def micro_step(self, last: bool) -> AbstractContextManager[Any]:
+        # ranks exchange gradients in the last one only; before it each sums its own
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def gradient_norm(self) -> torch.Tensor:
+        norm: torch.Tensor = self.accelerator.clip_grad_norm_(self.model.parameters(), self._max_norm)
+        return norm
+
+    def step(self, update: bool) -> None:
+        if update:
+            self._stepper.step()
+        self._stepper.zero_grad()
+
+    def settle(self, block_size: int) -> None:
+        """One pass whose gradients are thrown away, before the first step of every start.
+
+        DDP exchanges gradients in buckets, and after its first backward pass makes them anew, in the order in which
+        gradients came (`Reducer::rebuild_buckets`). Where a value lies in a bucket decides in which order three or more
+        ranks add it up: without this the first step after a resume would round otherwise than in a run that went on.
+        """
+        if isinstance(self.model, torch.nn.parallel.DistributedDataParallel):
+            self.model.train()
+            ids = torch.zeros(1, block_size, dtype=torch.int64, device=self.accelerator.device)
+            self.model(input_ids=ids).logits.sum().backward()
+            self.model.zero_grad()
+
+    def held(self) -> dict[str, Tensors]:
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        everything = {
+            "model": content.weights(self.plain),
+            "optimizer": content.optimizer_state(self.plain, self.optimizer),
+        }
+        return {kind: content.share(tensors, rank, world_size) for kind, tensors in everything.items()}
+
+    def load(self, model: Saved, optimizer: Saved) -> None:
+        content.load_weights(self.plain, model)
+        content.load_optimizer(self.plain, self.optimizer, optimizer)
+
+    def full_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        for name, tensor in self.plain.state_dict().items():
+            yield name, tensor if self.accelerator.is_main_process else None
+
+    def replicas(self) -> Tensors:
+        return dict(self.plain.named_parameters())
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        return self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+
+    def load_scaler_state(self, saved: dict[str, Any]) -> None:
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved)

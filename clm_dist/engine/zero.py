@@ -1,0 +1,126 @@
+"""Ranks share gradients and optimizer states, at stage 3 weights too: ZeRO (Rajbhandari et al., arXiv:1910.02054).
+
+DeepSpeed's engine is driven by its own calls rather than through Accelerate's wrapper, which updates the weights inside
+`backward`, before anybody could look at the gradients, and whose `clip_grad_norm_` clips nothing.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from clm_dist.checkpoint import content
+from clm_dist.checkpoint.content import Tensors
+from clm_dist.checkpoint.saved import Saved
+from clm_dist.engine.engine import Engine
+from clm_dist.engine.fragments import flats, fragments, load_optimizer, optimized, optimizer_state
+
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic loss scale
+
+
+class Zero(Engine):
+    """DeepSpeed's ZeRO of any stage, with or without offload."""
+
+    def __init__(self, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        engine, _ = accelerator.prepare(model, optimizer)
+        self.zero = engine.optimizer  # DeepSpeed's, which owns the partitions
+        super().__init__(accelerator, engine, self.zero.optimizer)
+        self.stage: int = engine.zero_optimization_stage()
+        self.sharded = self.stage == 3
+        self.name = f"ZeRO-{self.stage}"
+
+    @property
+    def plain(self) -> Any:
+        return self.model.module
+
+    @property
+    def scales(self) -> bool:
+        return bool(self.model.fp16_enabled())  # type: ignore[operator]
+
+    def micro_step(self, last: bool) -> AbstractContextManager[Any]:
+        self.model.set_gradient_accumulation_boundary(last)  # type: ignore[operator]
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # by default it would divide by the accumulation steps, whatever the tokens in each
+        self.model.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
+
+    def gradient_norm(self) -> torch.Tensor:
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        zero = self.zero
+        norm = zero.scaled_global_norm() if self.stage < 3 else combine_grad_norm_groups(zero._get_norm_groups())
+        norm = torch.as_tensor(norm, device=self.accelerator.device) / zero.loss_scale
+        return torch.where(norm >= 0, norm, float("inf"))  # DeepSpeed says -1 where one is not finite
+
+    def step(self, update: bool) -> None:
+        """DeepSpeed clips, updates, spreads the weights and forgets the gradients; of a step that is withheld all but the
+        update itself."""
+        if update:
+            self.model.step()  # type: ignore[operator]
+            return
+        self.zero._optimizer_step = lambda group: None  # on the object, in front of the class's own
+        try:
+            self.model.step()  # type: ignore[operator]
+        finally:
+            del self.zero._optimizer_step
+
+    def held(self) -> dict[str, Tensors]:
+        mine = fragments(self.model)
+        held = {fragment.key(): fragment.of(fragment.flat) for fragment in mine}
+        held |= content.share(self._rest(), self.accelerator.process_index, self.accelerator.num_processes)
+        return {"model": held, "optimizer": optimizer_state(self.optimizer, mine)}
+
+    def load(self, model: Saved, optimizer: Saved) -> None:
+        mine, rest = fragments(self.model), self._rest()
+        content.check_names("weights", {*optimized(self.model), *rest}, model.names())
+        for fragment in mine:
+            fragment.of(fragment.flat).copy_(model.read(fragment.name, fragment.start, fragment.stop))
+        for name, tensor in rest.items():
+            tensor.data.copy_(model.whole(name, tensor.shape))
+        load_optimizer(self.optimizer, mine, flats(self.model), optimizer)
+        self._spread()
+
+    def full_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """At stage 3 one parameter at a time is whole on a rank; only the main process keeps it."""
+        from deepspeed import zero
+
+        main = self.accelerator.is_main_process
+        seen: dict[int, torch.Tensor | None] = {}  # tied weights have several names
+        for name, value in self.plain.state_dict(keep_vars=True).items():
+            if id(value) not in seen:
+                shared = self.sharded and isinstance(value, torch.nn.Parameter)
+                with zero.GatheredParameters([value]) if shared else nullcontext():
+                    seen[id(value)] = value.detach().to("cpu", copy=True) if main else None
+            yield name, seen[id(value)]
+
+    def replicas(self) -> Tensors:
+        return {} if self.sharded else dict(self.plain.named_parameters())
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        scaler = getattr(self.zero, "loss_scaler", None)
+        return {name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)} if self.scales else None
+
+    def load_scaler_state(self, saved: dict[str, Any]) -> None:
+        for name, value in saved.items():
+            if self.scales and name in SCALER:
+                setattr(self.zero.loss_scaler, name, value)
+
+    def _rest(self) -> Tensors:
+        """Weights and saved buffers that the optimizer does not update: every rank holds them all."""
+        updated = set(optimized(self.model))
+        return {name: tensor for name, tensor in content.weights(self.plain).items() if name not in updated}
+
+    def _spread(self) -> None:
+        """The weights that the model computes with become those of the optimizer, on every rank."""
+        zero = self.zero
+        if self.stage < 3:
+            zero.update_lp_params()
+            return
+        zero._partition_all_parameters()
+        for group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
