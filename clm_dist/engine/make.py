@@ -1,18 +1,39 @@
 """The engine that a launch asked for."""
 
+from collections.abc import Mapping
+
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
 from clm_dist.engine.engine import Engine
-from clm_dist.engine.replicated import Replicated
-from clm_dist.engine.zero import Zero
+
+# what `accelerate launch` sets, by the distributed_type of its configuration
+DEEPSPEED, FSDP = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"
+
+
+def asked(environment: Mapping[str, str]) -> str:
+    """replicated, zero or fsdp2."""
+    if environment.get(DEEPSPEED) == "true":
+        return "zero"
+    return "fsdp2" if environment.get(FSDP) == "true" else "replicated"
 
 
 def make_engine(
-    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None
+    kind: str,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    max_norm: float | None,
 ) -> Engine:
     """Gives the model to whatever the processes were started for. max_norm: to clip at. Every rank must call this."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if kind == "zero":
+        from clm_dist.engine.zero import Zero
+
         return Zero(accelerator, model, optimizer)
+    if kind == "fsdp2":
+        from clm_dist.engine.fsdp import Fsdp
+
+        return Fsdp(accelerator, model, optimizer, max_norm)
+    from clm_dist.engine.replicated import Replicated
+
     return Replicated(accelerator, model, optimizer, max_norm)

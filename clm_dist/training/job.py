@@ -1,5 +1,6 @@
 """What a run works on: opened and checked before a process group exists or a weight is loaded."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from clm_dist.data.blocks import Blocks
 from clm_dist.data.manifest import Manifest
 from clm_dist.data.prepared import open_blocks, open_prepared
 from clm_dist.data.tokenize import load_tokenizer, token_ids
+from clm_dist.engine.make import asked
 from clm_dist.ledger.ledger import last_row
 from clm_dist.model.build import check_fits, max_positions, model_configuration
 from clm_dist.model.generate import prompt_ids
@@ -31,6 +33,7 @@ class Job:
     tokenizer: Any
     model_configuration: Any
     plan: Plan
+    engine: str  # what the launch asks for: replicated, zero, fsdp2
     deepspeed: dict[str, Any] | None  # its settings without any "auto", where the launch asks for it
     overwrite: bool  # whether run_dir may hold a run, to be replaced
     finished: bool  # whether run_dir holds this very run, at its end
@@ -59,7 +62,8 @@ def open_job(config: Config, overwrite: bool) -> Job:
         choose(config, data, reread=False, begin_anew=True)  # a checkpoint that was named has to fit all the same
     finished = may_resume and not overwrite and _goes_on(config, data, plan)
     return Job(
-        manifest, data, train_blocks, eval_blocks, tokenizer, built, plan, _deepspeed(config, plan), overwrite, finished
+        *(manifest, data, train_blocks, eval_blocks, tokenizer, built, plan),
+        *(asked(os.environ), _deepspeed(config, plan), overwrite, finished),
     )
 
 

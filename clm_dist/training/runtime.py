@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from clm_dist.engine.deepspeed import start_deepspeed
+from clm_dist.engine.make import DEEPSPEED, FSDP
 from clm_dist.errors import UserError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # covers the main process writing a large model while the others wait
@@ -59,7 +60,9 @@ def start(mixed_precision: str, deepspeed: dict[str, Any] | None = None) -> Acce
     check_launch(mixed_precision)
     timeout = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
     if deepspeed is None:
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # of a command that needs no optimizer: plain processes do
+        # FSDP2 is ours to apply (engine/fsdp.py), and a command without an optimizer has nothing to share: plain processes
+        for name in (DEEPSPEED, FSDP):
+            os.environ.pop(name, None)
         accelerator = Accelerator(
             mixed_precision=mixed_precision,
             # without `cpu` Accelerate sees no way to join two launched processes on a machine without a GPU

@@ -42,7 +42,8 @@ def train(config: Config, overwrite: bool = False, watch: Watch | None = None) -
         model.config.use_cache = False  # type: ignore[union-attr]  # a cache of keys and values serves generation only
         if config.train.isolate_documents:
             check_isolation(model, plan.block_size, str(config.model.name or config.model.type))
-        engine = make_engine(accelerator, model, make_optimizer(model, config.optim), config.optim.max_grad_norm)
+        optimizer = make_optimizer(model, config.optim)
+        engine = make_engine(job.engine, accelerator, model, optimizer, config.optim.max_grad_norm)
         keeper = Keeper(accelerator, config, job, engine, watch)
         keeper.restore()
         engine.settle(plan.block_size)
