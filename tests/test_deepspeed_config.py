@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, recipe_values
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clm_dist import recipe
 from clm_dist.errors import ConfigError
@@ -394,6 +396,32 @@ def test_choices_pass_through(tmp_path):
     assert values["zero_optimization"] == {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 500_000_000}
     assert isinstance(values["zero_optimization"]["reduce_bucket_size"], int)
     assert (values["steps_per_print"], values["wall_clock_breakdown"]) == (100, True)
+
+
+def paths(schema=deepspeed_schema.SCHEMA, prefix=""):
+    for key, kind in schema.items():
+        yield prefix + key
+        if isinstance(kind, dict):
+            yield from paths(kind, f"{prefix}{key}.")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.sampled_from(["auto", "cpu", "fp32", "x"]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["enabled", "device", "params"]), inner)
+    ),
+)
+
+
+@given(st.sampled_from([*paths(), *deepspeed_refusals.REFUSED, "optimizer", "scheduler", "unknown"]), JSON)
+def test_any_value_anywhere_is_refused_or_resolved(tmp_path_factory, path, value):
+    folder = tmp_path_factory.getbasetemp()
+    try:
+        values = resolved(with_key(path, value), folder).values
+    except ConfigError as error:
+        assert all(problem.startswith("ds.json: ") for problem in error.problems)
+    else:
+        assert '"auto"' not in json.dumps(values) or isinstance(value, list)
 
 
 # DeepSpeed's own opinion. None of it needs a process group.

@@ -105,10 +105,10 @@ def understood(values: dict[str, Any], schema: Schema = SCHEMA, prefix: str = ""
                 problems += inner
             else:
                 problems.append(f"{path}={shown(value)} must be a section; write {{{', '.join(list(kind)[:3])}, ...}}")
-        elif (value == "auto" and path in AUTO) or kind.fits(value):
-            sound[key] = int(value) if kind.whole and value != "auto" else value
-        elif value == "auto":
+        elif value == "auto" and path not in AUTO:
             problems.append(f'{path}="auto" has no value in a recipe; write {kind.words}, or leave the key out')
+        elif value == "auto" or kind.fits(value):
+            sound[key] = int(value) if kind.whole and value != "auto" else value
         else:
             problems.append(f"{path}={shown(value)} must be {kind.words}; correct it, or leave the key out")
     return sound, problems
