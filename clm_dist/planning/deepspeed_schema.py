@@ -2,7 +2,7 @@
 
 DeepSpeed reads unknown keys at the top, and in several sections, as if they were not there. This table is ours and not
 read from DeepSpeed's own models, so that a configuration can be checked where DeepSpeed is not installed;
-tests/test_deepspeed_config.py holds it against those models. Keys that a run may not set stand in
+tests/test_deepspeed_schema.py holds it against those models. Keys that a run may not set stand in
 deepspeed_refusals.py.
 """
 
