@@ -18,10 +18,11 @@ MAY_KNOW = {
     "publish": set(),
     "watch": set(),
     "ledger": {"data"},
+    "planning": set(),
     "checkpoint": set(),
     "engine": {"checkpoint"},
-    "training": {"data", "model", "publish", "watch", "ledger", "checkpoint", "engine"},
-    "commands": {"data", "preparation", "model", "training", "publish", "watch"},
+    "training": {"data", "model", "publish", "watch", "ledger", "checkpoint", "engine", "planning"},
+    "commands": {"data", "preparation", "model", "training", "publish", "watch", "planning"},
     "cli": {"commands", "watch"},
     "__main__": {"cli"},
 }
@@ -40,6 +41,12 @@ PURE = [
     "training/state.py",
     "watch/watch.py",
     "ledger/ledger.py",
+    "planning/deepspeed_schema.py",
+    "planning/deepspeed_refusals.py",
+    "planning/deepspeed_checks.py",
+    "planning/deepspeed_config.py",
+    "planning/deepspeed_launch.py",
+    "planning/deepspeed_live.py",
 ]
 
 
@@ -87,11 +94,11 @@ def test_the_page_names_every_file():
 
 @pytest.mark.parametrize("name", PURE)
 def test_pure_chapters_know_no_torch(name):
-    heavy = {"torch", "accelerate", "transformers", "datasets", "pyarrow"}
+    heavy = {"torch", "accelerate", "transformers", "datasets", "pyarrow", "deepspeed"}
     assert not heavy & {module.split(".")[0] for module, _ in imports(PACKAGE / name)}
 
 
-@pytest.mark.parametrize("wing_name", ["data", "preparation", "model", "ledger", "checkpoint"])
+@pytest.mark.parametrize("wing_name", ["data", "preparation", "model", "ledger", "checkpoint", "planning"])
 def test_only_training_and_publish_ask_which_process_they_are(wing_name):
     for path in (PACKAGE / wing_name).glob("*.py"):
         assert not re.search(r"is_main_process|process_index|torch\.distributed|LOCAL_RANK", path.read_text()), path

@@ -1,5 +1,6 @@
 """What is shipped beside the code works too: YAML, scripts, packaging, the sentence about secrets."""
 
+import json
 import re
 import subprocess
 
@@ -9,6 +10,8 @@ from conftest import BIN, ROOT, run_command
 
 SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / ".ci" / "run"])
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+OF_DEEPSPEED = [path for path in CONFIGS if path.name.startswith("zero")]
+DEEPSPEED_FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -32,6 +35,43 @@ def test_accelerate_configs_say_where_and_never_what(path):
     assert path.read_text().startswith("#")
 
 
+@pytest.mark.parametrize("path", OF_DEEPSPEED, ids=lambda path: path.name)
+def test_configs_for_deepspeed_name_a_file_and_repeat_nothing_of_it(path):
+    values = yaml.safe_load(path.read_text())
+    assert values["distributed_type"] == "DEEPSPEED"
+    assert "use_cpu" not in values  # with which Accelerate drops DeepSpeed in silence
+    section = values["deepspeed_config"]
+    assert set(section) <= {"deepspeed_config_file", "zero3_init_flag", "deepspeed_multinode_launcher"}
+    assert section["zero3_init_flag"] is False
+    file = ROOT / section["deepspeed_config_file"]
+    assert file in DEEPSPEED_FILES
+    if path.stem != "zero_multi_node":
+        assert file.stem == path.stem
+
+
+def test_the_config_for_fsdp():
+    values = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp2.yaml").read_text())
+    assert values["distributed_type"] == "FSDP" and values["fsdp_config"]["fsdp_version"] == 2
+    assert values["fsdp_config"]["fsdp_auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
+    assert "GPUs only" in (ROOT / "accelerate_configs" / "fsdp2.yaml").read_text()
+
+
+@pytest.mark.parametrize("path", DEEPSPEED_FILES, ids=lambda path: path.name)
+def test_deepspeed_files_hold_choices_of_zero_and_leave_every_number_of_the_recipe_to_it(path):
+    values = json.loads(path.read_text())
+    zero = values.pop("zero_optimization")
+    assert values == {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+    }
+    assert path.stem.startswith(f"zero{zero['stage']}")
+    assert f"`{path.name}`" in (ROOT / "docs" / "deepspeed.md").read_text()
+
+
 def test_local_sh_says_how_to_use_it():
     done = subprocess.run(["bash", ROOT / "launch" / "local.sh"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Usage: launch/local.sh RECIPE" in done.stderr
@@ -39,7 +79,7 @@ def test_local_sh_says_how_to_use_it():
 
 def test_every_dependency_is_pinned_for_the_two_commands():
     project = (ROOT / "pyproject.toml").read_text()
-    names = {name.lower().replace("_", "-") for name in re.findall(r'"([A-Za-z][\w-]*)>=[\d.]+"', project)}
+    names = {name.lower().replace("_", "-") for name in re.findall(r'"([A-Za-z][\w-]*)>=[\d.]+(?:,<[\d.]+)?"', project)}
     names |= {"types-pyyaml", "types-tqdm"}
     names.discard("setuptools")
     pins = {
