@@ -74,6 +74,10 @@ COMMANDS: dict[str, tuple[str, str, str, dict[str, dict[str, Any]]]] = {
                 "help": "check everything, print the arithmetic, start nothing (WORLD_SIZE=N: as N processes)",
             },
             "--overwrite": {"action": "store_true", "help": "replace the run in run_dir, if there is one"},
+            "--deepspeed": {
+                "metavar": "JSON",
+                "help": "DeepSpeed configuration, where another launcher than Accelerate's started the processes",
+            },
         },
     ),
     "replay": (
@@ -210,6 +214,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             sub.add_argument("overrides", nargs="*", metavar="section.field=value", help="laid over the recipe")
         for option, settings in options.items():
             sub.add_argument(option, **settings)
+    if "LOCAL_RANK" in os.environ:  # DeepSpeed's launcher says by an argument too what stands in the environment
+        argv = [text for text in argv if not text.startswith(("--local_rank=", "--local-rank="))]
     args, rest = parser.parse_known_args(argv)
     if "verb" in args:
         args.command = f"{args.command} {args.verb}"

@@ -61,11 +61,17 @@ def train(args: argparse.Namespace) -> None:
         watch.start()
     config = recipe.load(args.recipe, args.overrides)
     quiet_libraries()
+    config = _settled(config)
+    if args.deepspeed is not None:
+        from clm_dist.planning.deepspeed_launch import OWN_VARIABLE
+
+        os.environ[OWN_VARIABLE] = args.deepspeed
     from clm_dist.training.job import open_job
     from clm_dist.training.train import train as train_model
 
     if args.dry_run:
-        print(open_job(config, args.overwrite).plan)
+        job = open_job(config, args.overwrite)
+        print("\n".join([str(job.plan), *job.sharding.lines()]))
     else:
         train_model(config, args.overwrite, watch)
 
@@ -91,6 +97,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """Exact evaluation of any model on the recipe's held-out blocks; one process or many."""
     config = recipe.load(args.recipe, args.overrides)
     quiet_libraries()
+    config = _settled(config)
     from clm_dist.training.evaluate_command import evaluate_model
 
     _check_output(args.output, ".json")
@@ -224,6 +231,16 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     # a data set without a card is a data set; and that it tries five times is told by the message at the end
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def _settled(config: Config) -> Config:
+    """With a precision in the place of auto; says which, once."""
+    from clm_dist.training.precision import settle_precision
+
+    settled, line = settle_precision(config)
+    if line is not None and os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+    return settled
 
 
 def _device() -> Any:

@@ -70,10 +70,7 @@ class DataConfig(Section):
         description="Which documents eval_fraction holds out. Apart from `seed`, so that runs of several seeds "
         "share one evaluation set.",
     )
-    text_column: str = Field(
-        "text",
-        description="Column with the text; dots reach into nested columns (answers.text). Ignored for .txt.",
-    )
+    text_column: str = Field("text", description="Column with the text; dots reach into nested ones (answers.text).")
     text_separator: str = Field(" ", description="Joins a column that holds a list of texts, as the guide does.")
     on_error: Literal["stop", "skip"] = Field(
         "stop",
@@ -173,9 +170,15 @@ class TrainConfig(Section):
         description="Sequences per process per forward (B); lower it when memory is short: accumulation makes up for it "
         "and the result stays, but for dropout, whose masks go by it. None: global_batch_size / number of processes.",
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
-        "no",
-        description="Precision of forward and backward; weights, optimizer and sums stay fp32. fp16 needs a GPU.",
+    mixed_precision: Literal["auto", "no", "bf16", "fp16", "fp8"] = Field(
+        "auto",
+        description="Precision of forward and backward; the optimizer's weights, its states and all sums stay fp32. auto: "
+        "bf16 on a GPU that has it, else no (fp32). fp16 scales the loss and needs a GPU; fp8 is experimental.",
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="Keep only each block's input for backward and compute the rest again: less memory, a third more "
+        "computation, the same result.",
     )
     isolate_documents: bool = Field(
         False,

@@ -21,6 +21,8 @@ EXTENSIONS = "TORCH_EXTENSIONS_DIR"  # where torch builds C++ at run time
 def start_deepspeed(mixed_precision: str, resolved: dict[str, Any], timeout: InitProcessGroupKwargs) -> Accelerator:
     """The Accelerator of this process. resolved: DeepSpeed's settings without any "auto". Every rank must call this."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # what an Accelerate configuration said of DeepSpeed is resolved; beside resolved settings it would be refused
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates: two lines a gather
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     if not torch.accelerator.is_available():

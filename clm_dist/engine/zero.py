@@ -88,6 +88,8 @@ class Zero(Engine):
         from deepspeed import zero
 
         main = self.accelerator.is_main_process
+        if self.sharded:
+            self.zero._partition_all_parameters()  # some may be on their way, for a forward pass that does not come
         seen: dict[int, torch.Tensor | None] = {}  # tied weights have several names
         for name, value in self.plain.state_dict(keep_vars=True).items():
             if id(value) not in seen:
@@ -95,6 +97,7 @@ class Zero(Engine):
                 with zero.GatheredParameters([value]) if shared else nullcontext():
                     seen[id(value)] = value.detach().to("cpu", copy=True) if main else None
             yield name, seen[id(value)]
+        self._gather_persistent()
 
     def replicas(self) -> Tensors:
         return {} if self.sharded else dict(self.plain.named_parameters())
@@ -122,5 +125,9 @@ class Zero(Engine):
         zero._partition_all_parameters()
         for group in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(group)
-        if zero.persistent_parameters:
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        self._gather_persistent()
+
+    def _gather_persistent(self) -> None:
+        """Small parameters that stage 3 keeps whole between steps are whole again."""
+        if self.sharded and self.zero.persistent_parameters:
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)

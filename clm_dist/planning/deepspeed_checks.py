@@ -125,7 +125,13 @@ def of_the_recipe(sound: dict[str, Any], run: Run) -> Iterator[str]:
             yield _block(block, sound[block], owners, run.config)
     precision = run.config.train.mixed_precision
     summed = at(sound, "data_types.grad_accum_dtype")
-    if summed not in (None, "fp32"):
+    first_in_bf16 = precision == "bf16" and at(sound, f"{ZERO}.stage") == 1
+    if first_in_bf16 and summed not in (None, "bf16"):
+        yield (
+            f"data_types.grad_accum_dtype={shown(summed)} at stage 1 with train.mixed_precision=bf16 would bring in an "
+            "optimizer of DeepSpeed's that is not supported; use stage 2, which adds up in fp32, or leave the key out"
+        )
+    elif not first_in_bf16 and summed not in (None, "fp32"):
         yield (
             f"data_types.grad_accum_dtype={shown(summed)} would add gradients up in {summed}, but sums are fp32 at every "
             f'train.mixed_precision (here {precision}); write "fp32" or leave the key out'

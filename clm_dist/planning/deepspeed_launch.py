@@ -169,9 +169,8 @@ def _about_the_machine(environment: Mapping[str, str], world_size: int, device: 
             "with one accelerate configuration: fsdp2.yaml or one of zero*.yaml"
         )
     accelerator = environment.get("DS_ACCELERATOR")
-    if (device == "cpu") != (accelerator == "cpu") and (device == "cpu" or accelerator is not None):
-        remedy = "set DS_ACCELERATOR=cpu" if device == "cpu" else "unset it"
-        yield f"DS_ACCELERATOR={accelerator or '(unset)'} but the run is on {device}; {remedy} in the environment"
+    if accelerator is not None and accelerator != device:  # where it is not set, we set it
+        yield f"DS_ACCELERATOR={accelerator} but the run is on {device}; unset it in the environment"
     launched_size = environment.get("WORLD_SIZE")
     if launched_size is None:
         yield f"DeepSpeed needs a launcher, for one process too, and WORLD_SIZE is not set; {REMEDY}"

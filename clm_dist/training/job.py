@@ -1,6 +1,5 @@
 """What a run works on: opened and checked before a process group exists or a weight is loaded."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from clm_dist.data.blocks import Blocks
 from clm_dist.data.manifest import Manifest
 from clm_dist.data.prepared import open_blocks, open_prepared
 from clm_dist.data.tokenize import load_tokenizer, token_ids
-from clm_dist.engine.make import asked
 from clm_dist.ledger.ledger import last_row
 from clm_dist.model.build import check_fits, max_positions, model_configuration
 from clm_dist.model.generate import prompt_ids
@@ -20,6 +18,7 @@ from clm_dist.training import run_folder
 from clm_dist.training.plan import Plan, make_plan
 from clm_dist.training.resume import check_changes, check_same_run, choose
 from clm_dist.training.runtime import check_launch, launched_world_size
+from clm_dist.training.sharding import Sharding, sharding
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,7 @@ class Job:
     tokenizer: Any
     model_configuration: Any
     plan: Plan
-    engine: str  # what the launch asks for: replicated, zero, fsdp2
-    deepspeed: dict[str, Any] | None  # its settings without any "auto", where the launch asks for it
+    sharding: Sharding  # what the launch asks for
     overwrite: bool  # whether run_dir may hold a run, to be replaced
     finished: bool  # whether run_dir holds this very run, at its end
 
@@ -57,13 +55,14 @@ def open_job(config: Config, overwrite: bool) -> Job:
         prompt_ids(tokenizer, prompt, config.generate, max_positions(built))
     train_blocks, eval_blocks = (open_blocks(config, manifest, split) for split in ("train", "eval"))
     plan = make_plan(config, len(train_blocks), launched_world_size())
+    sharded = sharding(config, plan, built)
     data = data_sha256(manifest.key, manifest.files)
     if overwrite:
         choose(config, data, reread=False, begin_anew=True)  # a checkpoint that was named has to fit all the same
     finished = may_resume and not overwrite and _goes_on(config, data, plan)
     return Job(
         *(manifest, data, train_blocks, eval_blocks, tokenizer, built, plan),
-        *(asked(os.environ), _deepspeed(config, plan), overwrite, finished),
+        *(sharded, overwrite, finished),
     )
 
 
@@ -76,26 +75,3 @@ def _goes_on(config: Config, data: str, plan: Plan) -> bool:
         return False
     last = last_row(run / "ledger.jsonl") or {}
     return checkpoint.step == plan.max_steps == last.get("step") and last.get("state") == "finished"
-
-
-def _deepspeed(config: Config, plan: Plan) -> dict[str, Any] | None:
-    import json
-    import os
-
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
-        return None
-    v = json.loads(Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text())
-    v.update(
-        train_micro_batch_size_per_gpu=plan.micro_batch_size,
-        gradient_accumulation_steps=plan.gradient_accumulation_steps,
-        train_batch_size=plan.global_batch_size,
-        gradient_clipping=config.optim.max_grad_norm or 0.0,
-        zero_allow_untested_optimizer=True,
-        zero_force_ds_cpu_optimizer=False,
-        steps_per_print=10**12,
-    )
-    if config.train.mixed_precision == "bf16":
-        v["bf16"] = {"enabled": True}
-        if v["zero_optimization"]["stage"] > 1:
-            v["data_types"] = {"grad_accum_dtype": "fp32"}
-    return v

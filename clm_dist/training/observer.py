@@ -50,6 +50,8 @@ class Observer:
         where = f"on {self.accelerator.device.type}, {self.engine.name}"
         self.say(f"{type(plain).__name__}, {self.parameters:,} parameters, {where}")
         self.say(str(self.plan))
+        for line in self.job.sharding.lines():
+            self.say(line)
         self.evaluate_if_due()
         self.keeper.logbook.mark()
         self.meter.resume()

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from clm_dist.engine.deepspeed import start_deepspeed
 from clm_dist.engine.make import DEEPSPEED, FSDP
 from clm_dist.errors import UserError
+from clm_dist.training.precision import check_precision
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # covers the main process writing a large model while the others wait
 
@@ -51,8 +52,7 @@ def check_launch(mixed_precision: str, environment: Mapping[str, str] = os.envir
             f"srun started {tasks} tasks and no launcher joined them: each would train by itself; start one task a node: "
             "srun --ntasks-per-node=1 accelerate launch ..."
         )
-    if mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("train.mixed_precision=fp16 needs a GPU; set train.mixed_precision=bf16 or no")
+    check_precision(mixed_precision)
 
 
 def start(mixed_precision: str, deepspeed: dict[str, Any] | None = None) -> Accelerator:

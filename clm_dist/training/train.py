@@ -12,7 +12,7 @@ from clm_dist.config import Config
 from clm_dist.data.order import blocks_at, micro_batches, step_seed
 from clm_dist.engine.engine import Engine
 from clm_dist.engine.make import make_engine
-from clm_dist.model.build import build_model
+from clm_dist.model.build import build_model, checkpoint_activations
 from clm_dist.model.isolation import check_isolation
 from clm_dist.model.loss import next_token_nll
 from clm_dist.training import run_folder
@@ -24,6 +24,7 @@ from clm_dist.training.optimizer import make_optimizer
 from clm_dist.training.plan import Plan
 from clm_dist.training.runtime import finish, start
 from clm_dist.training.schedule import lr_at
+from clm_dist.training.sharding import check_live
 from clm_dist.watch.watch import Watch
 
 
@@ -36,14 +37,17 @@ def train(config: Config, overwrite: bool = False, watch: Watch | None = None) -
         if watch.rank == 0:
             print(f"{config.run_dir} is finished; --overwrite trains it again, another run_dir keeps both", flush=True)
         return
-    accelerator = start(config.train.mixed_precision, job.deepspeed)
+    accelerator = start(config.train.mixed_precision, job.sharding.settings)
     with run_folder.joined(config, accelerator, watch):
         model = build_model(config.model, job.model_configuration, config.seed)
         model.config.use_cache = False  # type: ignore[union-attr]  # a cache of keys and values serves generation only
+        if config.train.activation_checkpointing:
+            checkpoint_activations(model)
         if config.train.isolate_documents:
             check_isolation(model, plan.block_size, str(config.model.name or config.model.type))
         optimizer = make_optimizer(model, config.optim)
-        engine = make_engine(job.engine, accelerator, model, optimizer, config.optim.max_grad_norm)
+        engine = make_engine(job.sharding.kind, accelerator, model, optimizer, config.optim.max_grad_norm)
+        check_live(job.sharding, engine, config)
         keeper = Keeper(accelerator, config, job, engine, watch)
         keeper.restore()
         engine.settle(plan.block_size)
