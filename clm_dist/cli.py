@@ -29,6 +29,7 @@ DESCRIPTION = """Train causal language models on many processes: exact order, ex
   clm-dist prepare  RECIPE   text to blocks of token ids on disk, once
   clm-dist data inspect DIR  what prepared data holds; data verify DIR: whether it is what was written
   clm-dist train    RECIPE   train, evaluate, export; many processes by `accelerate launch ... -m clm_dist train RECIPE`
+  clm-dist check    RECIPE   whether a launch learns what one plain process would, on the first steps
   clm-dist evaluate RECIPE   exact loss and perplexity of any model on the recipe's held-out text
   clm-dist verify   RUN      whether every block was seen as planned, over all restarts; where the time went
   clm-dist replay   RUN STEP a step whose loss or gradient was bad, again
@@ -38,6 +39,10 @@ DESCRIPTION = """Train causal language models on many processes: exact order, ex
 `clm-dist COMMAND --help` shows each command's settings."""
 
 REVISION = {"help": "commit or tag of the model on the Hub (default: the newest)"}
+DEEPSPEED = {
+    "metavar": "JSON",
+    "help": "DeepSpeed configuration, where another launcher than Accelerate's started the processes",
+}
 # command -> summary, what it is given, what that is, options
 COMMANDS: dict[str, tuple[str, str, str, dict[str, dict[str, Any]]]] = {
     "prepare": (
@@ -74,11 +79,12 @@ COMMANDS: dict[str, tuple[str, str, str, dict[str, dict[str, Any]]]] = {
                 "help": "check everything, print the arithmetic, start nothing (WORLD_SIZE=N: as N processes)",
             },
             "--overwrite": {"action": "store_true", "help": "replace the run in run_dir, if there is one"},
-            "--deepspeed": {
-                "metavar": "JSON",
-                "help": "DeepSpeed configuration, where another launcher than Accelerate's started the processes",
-            },
+            "--deepspeed": DEEPSPEED,
         },
+    ),
+    "check": (
+        *("whether this launch learns what one plain process would; begins no run", "RECIPE", "YAML recipe"),
+        {"--deepspeed": DEEPSPEED},
     ),
     "replay": (
         *("an offending step of a run again, in one process", "RUN", "run folder"),
@@ -119,6 +125,7 @@ INTERRUPTED = {
     "data inspect": "nothing was written",
     "data verify": "nothing was written",
     "train": "nothing was trained yet",
+    "check": "nothing was written",
     "replay": "nothing was written",
     "verify": "nothing was written",
     "evaluate": "nothing was written",

@@ -62,10 +62,7 @@ def train(args: argparse.Namespace) -> None:
     config = recipe.load(args.recipe, args.overrides)
     quiet_libraries()
     config = _settled(config)
-    if args.deepspeed is not None:
-        from clm_dist.planning.deepspeed_launch import OWN_VARIABLE
-
-        os.environ[OWN_VARIABLE] = args.deepspeed
+    _name_deepspeed(args)
     from clm_dist.training.job import open_job
     from clm_dist.training.train import train as train_model
 
@@ -74,6 +71,19 @@ def train(args: argparse.Namespace) -> None:
         print("\n".join([str(job.plan), *job.sharding.lines()]))
     else:
         train_model(config, args.overwrite, watch)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Whether this launch learns what one plain process would."""
+    config = recipe.load(args.recipe, args.overrides)
+    quiet_libraries()
+    config = _settled(config)
+    _name_deepspeed(args)
+    from clm_dist.training.check import check as check_launch
+
+    lines = check_launch(config)
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(lines), flush=True)
 
 
 def replay(args: argparse.Namespace) -> None:
@@ -231,6 +241,14 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     # a data set without a card is a data set; and that it tries five times is told by the message at the end
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def _name_deepspeed(args: argparse.Namespace) -> None:
+    """--deepspeed, to where all that asks for a launch's settings looks."""
+    if args.deepspeed is not None:
+        from clm_dist.planning.deepspeed_launch import OWN_VARIABLE
+
+        os.environ[OWN_VARIABLE] = args.deepspeed
 
 
 def _settled(config: Config) -> Config:

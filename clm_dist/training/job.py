@@ -37,15 +37,16 @@ class Job:
     finished: bool  # whether run_dir holds this very run, at its end
 
 
-def open_job(config: Config, overwrite: bool) -> Job:
-    """Refuses everything that can be refused by now; touches nothing."""
+def open_job(config: Config, overwrite: bool, run: bool = True) -> Job:
+    """Refuses everything that can be refused by now; touches nothing. run: whether one will be in config.run_dir."""
     check_launch(config.train.mixed_precision)
     check_changes(config)
     may_resume = config.train.resume != "never"
     named = config.train.resume if config.train.resume not in ("auto", "never") else None
     sources = filter(None, (config.model.name, config.data.tokenizer, named))
-    run_folder.check_free(config.run_dir, overwrite, sources, resume=may_resume)
-    check_installed(config)
+    if run:
+        run_folder.check_free(config.run_dir, overwrite, sources, resume=may_resume)
+        check_installed(config)
     manifest = open_prepared(config)
     prepared = Path(config.data.prepared_dir)
     tokenizer = load_tokenizer(str(prepared / "tokenizer"))
@@ -59,7 +60,7 @@ def open_job(config: Config, overwrite: bool) -> Job:
     data = data_sha256(manifest.key, manifest.files)
     if overwrite:
         choose(config, data, reread=False, begin_anew=True)  # a checkpoint that was named has to fit all the same
-    finished = may_resume and not overwrite and _goes_on(config, data, plan)
+    finished = run and may_resume and not overwrite and _goes_on(config, data, plan)
     return Job(
         *(manifest, data, train_blocks, eval_blocks, tokenizer, built, plan),
         *(sharded, overwrite, finished),

@@ -3,7 +3,7 @@
 Legend: B micro_batch_size, T block_size, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -61,25 +61,15 @@ def train(config: Config, overwrite: bool = False, watch: Watch | None = None) -
 
 def loop(config: Config, job: Job, engine: Engine, keeper: Keeper, observer: Observer) -> None:
     """One turn is one optimizer update. Ends with the last step, or when all ranks agreed to leave."""
-    plan, state, accelerator = job.plan, keeper.state, engine.accelerator
-    rank, last = accelerator.process_index, plan.gradient_accumulation_steps - 1
-    batches = Batches(job.train_blocks, config.train.isolate_documents, accelerator.device)
+    plan, state = job.plan, keeper.state
+    batches = Batches(job.train_blocks, config.train.isolate_documents, engine.accelerator.device)
     while state.step < plan.max_steps and not keeper.leaving:
         engine.model.train()
         lr = lr_at(state.step, plan.max_steps, config.optim)
         engine.set_lr(lr)
-        blocks = blocks_at(state.cursor, plan.global_batch_size, plan.num_blocks, config.seed)  # of all ranks
-        scored_tokens = max(1, batches.count(blocks))
-        step_nll = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-        for micro_step, batch in enumerate(window(batches, blocks, plan, rank, keeper.watch)):
-            if micro_step and keeper.agreement.tick():
-                break
-            with engine.micro_step(last=micro_step == last):
-                torch.manual_seed(dropout_seed(config.seed, state.step, micro_step, plan, rank))
-                nll = next_token_nll(engine.model(**batch.inputs()).logits, batch.input_ids, batch.scored).sum()
-                # ranks are averaged over; we want the sum over the tokens of all of them
-                engine.backward(nll * (plan.world_size / scored_tokens))
-            step_nll += nll.detach()
+        step_nll, scored_tokens = accumulate(
+            config, job, engine, batches, state.step, state.cursor, keeper.watch, leave=keeper.agreement.tick
+        )
         if keeper.leaving:  # in the midst of a step, which is then done again
             break
         grad_norm = engine.gradient_norm()
@@ -89,6 +79,36 @@ def loop(config: Config, job: Job, engine: Engine, keeper: Keeper, observer: Obs
             continue
         keeper.advance(verdict)
         observer.after_step(lr, grad_norm)
+
+
+def accumulate(
+    config: Config,
+    job: Job,
+    engine: Engine,
+    batches: Batches,
+    step: int,
+    cursor: int,
+    watch: Watch,
+    leave: Callable[[], bool],
+) -> tuple[torch.Tensor, int]:
+    """The gradients of one step, over this rank's micro-batches. Every rank must call this.
+
+    Returns this rank's summed nats, (), and the scored tokens of all ranks. leave: asked between micro-batches.
+    """
+    plan, rank = job.plan, engine.accelerator.process_index
+    blocks = blocks_at(cursor, plan.global_batch_size, plan.num_blocks, config.seed)  # of all ranks
+    scored_tokens = max(1, batches.count(blocks))
+    step_nll = torch.zeros((), dtype=torch.float64, device=engine.accelerator.device)
+    for micro_step, batch in enumerate(window(batches, blocks, plan, rank, watch)):
+        if micro_step and leave():
+            break
+        with engine.micro_step(last=micro_step == plan.gradient_accumulation_steps - 1):
+            torch.manual_seed(dropout_seed(config.seed, step, micro_step, plan, rank))
+            nll = next_token_nll(engine.model(**batch.inputs()).logits, batch.input_ids, batch.scored).sum()
+            # ranks are averaged over; we want the sum over the tokens of all of them
+            engine.backward(nll * (plan.world_size / scored_tokens))
+        step_nll += nll.detach()
+    return step_nll, scored_tokens
 
 
 def window(batches: Batches, blocks: np.ndarray, plan: Plan, rank: int, watch: Watch) -> Iterator[Batch]:

@@ -1,0 +1,193 @@
+"""`check`: whether a launch learns what one plain process would, shown on the recipe's own first steps.
+
+No run is begun and nothing is written. Every rank computes the reference too, and compares with it what it holds: a model
+that does not fit one device is checked with fewer layers (model.config.*), which all promises are blind to.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from clm_dist.checkpoint.saved import SEPARATOR
+from clm_dist.config import Config
+from clm_dist.engine.engine import Engine
+from clm_dist.engine.make import make_engine
+from clm_dist.errors import RunError
+from clm_dist.ledger.ledger import DIGEST_MODULUS
+from clm_dist.model.build import build_model, checkpoint_activations
+from clm_dist.training import train as training
+from clm_dist.training.batches import Batches
+from clm_dist.training.job import Job, open_job
+from clm_dist.training.reference import Reference, Step
+from clm_dist.training.runtime import finish, start
+from clm_dist.training.sharding import check_live
+from clm_dist.watch.watch import Watch
+
+STEPS = 3  # the second and third show schedules that run at another pace
+# Largest relative difference by precision. fp32 differs by the order of sums. The reference is fp32 always; weights differ
+# more than what made them, since Adam turns a gradient that is all rounding into a whole step either way.
+TOLERANCES = {
+    "no": {"loss": 1e-5, "gradient norm": 1e-4, "clipped gradients": 1e-3, "updated weights": 0.02},
+    "bf16": {"loss": 2e-3, "gradient norm": 3e-2, "clipped gradients": 0.08, "updated weights": 0.3},
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One promise at one step, on both sides."""
+
+    promise: str
+    step: int
+    live: float
+    reference: float
+    difference: float
+    tolerance: float
+    means: str  # what it is when it is broken
+
+    @property
+    def kept(self) -> bool:
+        return self.difference <= self.tolerance  # NaN is not
+
+    def __str__(self) -> str:
+        verdict = "agrees" if self.kept else "DIFFERS"
+        numbers = f"{self.live:<14.8g} {self.reference:<14.8g} {self.difference:<9.2g} {self.tolerance:<8.2g}"
+        return f"{self.step:>4}  {self.promise:<18} {numbers} {verdict}"
+
+
+def check(config: Config) -> list[str]:
+    """The lines of a table; a RunError with it where a promise is broken, naming the first. Every rank must call this."""
+    job = open_job(config, overwrite=False, run=False)
+    plan = job.plan
+    accelerator = start(config.train.mixed_precision, job.sharding.settings)
+    engine = _engine(accelerator, config, job)
+    batches = Batches(job.train_blocks, config.train.isolate_documents, accelerator.device)
+    live = [_live_step(config, job, engine, batches, number) for number in range(min(STEPS, plan.max_steps))]
+    reference = Reference(config, plan, _model(config, job), batches)
+    wanted = [reference.step(number) for number in range(len(live))]
+    findings = [
+        one for number in range(len(live)) for one in _compared(number + 1, live[number], wanted[number], config)
+    ]
+    findings += _of_what_is_held(accelerator, engine, reference, len(live), config)
+    lines = [f"{engine.name}: {plan}", *job.sharding.lines()]
+    lines += ["step  promise            live           reference      relative  allowed"]
+    lines += [str(one) for one in findings]
+    broken = [one for one in findings if not one.kept]
+    finish(accelerator)
+    if broken:
+        raise RunError("\n".join([*lines, f"broken: {broken[0].promise} (step {broken[0].step}): {broken[0].means}"]))
+    return [*lines, f"all promises kept over {len(live)} steps, against one plain process in fp32"]
+
+
+def _engine(accelerator: Accelerator, config: Config, job: Job) -> Engine:
+    """As training makes it."""
+    model = _model(config, job)
+    if config.train.activation_checkpointing:
+        checkpoint_activations(model)
+    optimizer = training.make_optimizer(model, config.optim)
+    engine = make_engine(job.sharding.kind, accelerator, model, optimizer, config.optim.max_grad_norm)
+    check_live(job.sharding, engine, config)
+    engine.settle(job.plan.block_size)
+    return engine
+
+
+def _model(config: Config, job: Job) -> Any:
+    model = build_model(config.model, job.model_configuration, config.seed)
+    model.config.use_cache = False  # type: ignore[union-attr]
+    return model
+
+
+def _live_step(config: Config, job: Job, engine: Engine, batches: Batches, number: int) -> Step:
+    """One turn of the loop, without what surrounds it."""
+    plan, accelerator = job.plan, engine.accelerator
+    engine.model.train()
+    engine.set_lr(training.lr_at(number, plan.max_steps, config.optim))
+    cursor = number * plan.global_batch_size
+    nll, tokens = training.accumulate(config, job, engine, batches, number, cursor, Watch(), leave=lambda: False)
+    grad_norm = float(engine.gradient_norm())
+    [lr] = {group["lr"] for group in engine.optimizer.param_groups}
+    engine.step(update=True)
+    mine = torch.tensor([float(nll), float(batches.digest)], dtype=torch.float64, device=accelerator.device)
+    total, digest = accelerator.reduce(mine, reduction="sum").tolist()
+    return Step(int(digest) % DIGEST_MODULUS, lr, total / tokens, grad_norm)
+
+
+def _compared(number: int, live: Step, wanted: Step, config: Config) -> list[Finding]:
+    """One step's figures side by side."""
+    allowed = TOLERANCES.get(config.train.mixed_precision, TOLERANCES["bf16"])
+    return [
+        Finding(
+            "blocks", number, live.digest, wanted.digest, float(live.digest != wanted.digest), 0.0,
+            "the ranks together read other blocks than the global batch: a rank trains on another's data",
+        ),
+        Finding(
+            "learning rate", number, live.lr, wanted.lr, _relative(live.lr, wanted.lr), 0.0,
+            "the schedule runs at another pace, e.g. a scheduler that is stepped by each process",
+        ),
+        Finding(
+            "loss", number, live.loss, wanted.loss, _relative(live.loss, wanted.loss), allowed["loss"],
+            "the forward pass or its sum over tokens is another",
+        ),
+        Finding(
+            "gradient norm", number, live.grad_norm, wanted.grad_norm, _relative(live.grad_norm, wanted.grad_norm),
+            allowed["gradient norm"], _scale(live.grad_norm / wanted.grad_norm if wanted.grad_norm else math.nan),
+        ),
+    ]  # fmt: skip
+
+
+def _of_what_is_held(
+    accelerator: Accelerator, engine: Engine, reference: Reference, number: int, config: Config
+) -> list[Finding]:
+    """Adam's first moments and the updates of weights: of all ranks' shares together. Every rank must call this."""
+    allowed = TOLERANCES.get(config.train.mixed_precision, TOLERANCES["bf16"])
+    held = engine.held()
+    moments = {key.partition(".")[2]: one for key, one in held["optimizer"].items() if key.startswith("exp_avg.")}
+    names, start = reference.weights(), reference.start
+    weights = {key: one for key, one in held["model"].items() if key.partition(SEPARATOR)[0] in names}
+    nothing = {name: torch.zeros_like(one) for name, one in start.items()}
+    sums = [*_squares(moments, reference.moments(), nothing), *_squares(weights, names, start)]
+    total = accelerator.reduce(torch.tensor(sums, dtype=torch.float64, device=accelerator.device), reduction="sum")
+    norms = total.sqrt().tolist()
+    found = zip(("clipped gradients", "updated weights"), (norms[:3], norms[3:]), CAUSES, strict=True)
+    return [
+        Finding(promise, number, live, wanted, off / wanted if wanted else math.nan, allowed[promise], means)
+        for promise, (off, live, wanted), means in found
+    ]
+
+
+CAUSES = (
+    "what the optimizer was given is another, although norms agree before clipping: clipping does nothing, or clips at "
+    "another value than optim.max_grad_norm; or gradients differ that are as long",
+    "the update is another: weight decay, betas, eps, or its order",
+)
+
+
+def _squares(
+    held: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
+) -> list[float]:
+    """Sums of squares over this rank's pieces: of the difference, of what is held and of what is wanted, from `start`."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    for key, piece in held.items():
+        name, _, at = key.partition(SEPARATOR)
+        first, count = int(at or 0), piece.numel()
+        mine, other, origin = (
+            one.detach().reshape(-1).double().cpu()
+            for one in (piece, *(table[name].reshape(-1)[first : first + count] for table in (wanted, start)))
+        )
+        for i, values in enumerate((mine - other, mine - origin, other - origin)):
+            sums[i] += values.square().sum()
+    return [float(one) for one in sums]
+
+
+def _relative(one: float, other: float) -> float:
+    return abs(one - other) / abs(other) if other else float(one != other)
+
+
+def _scale(ratio: float) -> str:
+    """In words, what a wrong scale of the gradients comes from."""
+    return (
+        f"gradients are {ratio:.4g} times the reference's: the sum over tokens, accumulation steps and processes is divided "
+        "by another number than the tokens of the whole step"
+    )
