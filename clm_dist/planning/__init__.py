@@ -1,0 +1,1 @@
+"""What is known before a GPU is held."""
