@@ -68,7 +68,11 @@ COMMANDS: dict[str, tuple[str, str, str, dict[str, dict[str, Any]]]] = {
         {},
     ),
     "plan": (
-        *("memory, communication and time on GPUs that you need not have; and which way to launch", "RECIPE", "YAML recipe"),
+        *(
+            "memory, communication and time on GPUs that you need not have; and which way to launch",
+            "RECIPE",
+            "YAML recipe",
+        ),
         {
             "--gpus": {"type": int, "required": True, "metavar": "N", "help": "GPUs of all nodes together"},
             "--gpu-memory": {"type": float, "required": True, "metavar": "GIB", "help": "memory of each, e.g. 80"},

@@ -20,7 +20,8 @@ MAY_KNOW = {
     "ledger": {"data"},
     "checkpoint": set(),
     "training": {"data", "model", "publish", "watch", "ledger", "checkpoint"},
-    "commands": {"data", "preparation", "model", "training", "publish", "watch"},
+    "planning": {"data", "model"},
+    "commands": {"data", "preparation", "model", "planning", "training", "publish", "watch"},
     "cli": {"commands", "watch"},
     "__main__": {"cli"},
 }
@@ -39,6 +40,10 @@ PURE = [
     "training/state.py",
     "watch/watch.py",
     "ledger/ledger.py",
+    "planning/memory.py",
+    "planning/communication.py",
+    "planning/estimate.py",
+    "planning/planner.py",
 ]
 
 
@@ -90,7 +95,7 @@ def test_pure_chapters_know_no_torch(name):
     assert not heavy & {module.split(".")[0] for module, _ in imports(PACKAGE / name)}
 
 
-@pytest.mark.parametrize("wing_name", ["data", "preparation", "model", "ledger", "checkpoint"])
+@pytest.mark.parametrize("wing_name", ["data", "preparation", "model", "ledger", "checkpoint", "planning"])
 def test_only_training_and_publish_ask_which_process_they_are(wing_name):
     for path in (PACKAGE / wing_name).glob("*.py"):
         assert not re.search(r"is_main_process|process_index|torch\.distributed|LOCAL_RANK", path.read_text()), path

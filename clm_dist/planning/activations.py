@@ -59,8 +59,7 @@ def formula(shapes: Shapes, vocab_size: int, block_size: int, precision: str, ch
     width = 4 if precision == "fp32" else 2
     layer = 17 * width * block_size * shapes.width
     kept = shapes.layers * (width * block_size * shapes.width if checkpointing else layer)
-    # logits and their gradient as the model has them, in fp32 log-probabilities and two gradients
-    logits = block_size * vocab_size * (16 if width == 4 else 14)
+    logits = 12 * block_size * vocab_size  # in fp32: log-probabilities, their gradient, that of the logits
     weights = 2 * shapes.parameters if precision == "autocast" else 0
     peak = max(logits, layer) if checkpointing else logits
     return Activations(Line(weights, kept), Line(0, peak), counted=False)

@@ -110,6 +110,12 @@ def model_state(
     return _stage_1_or_2(shapes, strategy, world_size, mixed, rank, accumulating)
 
 
+def by_paper(parameters: int, stage: int, world_size: int) -> float:
+    """Bytes of the model's state by the ZeRO paper (figure 1): 2 + 2 + 12 for each parameter, the shared ones over W."""
+    whole = {0: 16, 1: 4, 2: 2, 3: 0}[stage]
+    return parameters * (whole + (16 - whole) / world_size)
+
+
 def _stage_1_or_2(
     shapes: Shapes, strategy: Strategy, world_size: int, mixed: bool, rank: int, accumulating: bool
 ) -> ModelState:

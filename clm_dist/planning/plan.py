@@ -138,7 +138,10 @@ def _epoch(config: Config, manifest: Manifest | None) -> tuple[int | None, str]:
         return None, f"nothing is prepared in {config.data.prepared_dir} yet: run `clm-dist prepare`"
     prepared = manifest.options["block_size"]
     if prepared != config.data.block_size:
-        return None, f"{config.data.prepared_dir} holds blocks of {prepared} tokens: prepare for {config.data.block_size}"
+        return (
+            None,
+            f"{config.data.prepared_dir} holds blocks of {prepared} tokens: prepare for {config.data.block_size}",
+        )
     return steps_of_epochs(1, manifest.splits["train"].blocks, config.train.global_batch_size), ""
 
 

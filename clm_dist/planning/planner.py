@@ -8,7 +8,16 @@ from dataclasses import dataclass
 
 from clm_dist.planning.communication import bytes_sent
 from clm_dist.planning.estimate import flops_per_token, seconds_per_step
-from clm_dist.planning.memory import STRATEGIES, Activations, ModelState, Strategy, ZeroSettings, buffers, model_state
+from clm_dist.planning.memory import (
+    STRATEGIES,
+    Activations,
+    ModelState,
+    Strategy,
+    ZeroSettings,
+    buffers,
+    by_paper,
+    model_state,
+)
 from clm_dist.planning.shapes import Shapes
 
 GIB = 2**30
@@ -67,8 +76,10 @@ class Row:
     activations: int
     logits: int  # and all else that the worst moment adds
     total: int
+    by_paper: int  # of parameters, gradients and states by the ZeRO paper's 2 + 2 + 12 bytes, to compare
     host_bytes_per_node: int
     bytes_sent_per_step: int
+    flops_per_token: int
     seconds_per_step: float | None
 
 
@@ -140,8 +151,10 @@ def _row(task: Task, strategy: Strategy, checkpointing: bool, line: Activations)
         activations=line.kept.at(micro),
         logits=line.peak.at(micro),
         total=total(micro),
+        by_paper=round(by_paper(task.shapes.parameters, strategy.stage, cluster.gpus)),
         host_bytes_per_node=host,
         bytes_sent_per_step=bytes_sent(task.shapes, strategy, cluster.gpus, task.mixed, each // micro),
+        flops_per_token=flops,
         seconds_per_step=(
             seconds_per_step(flops, task.tokens_per_step, cluster.gpus, cluster.tflops) if cluster.tflops else None
         ),

@@ -11,7 +11,9 @@ from clm_dist.errors import UserError
 class Shapes:
     """Sizes of the tensors of a model. A tensor that two modules share (a tied head) stands here once."""
 
-    matrices: tuple[int, ...]  # elements of each trained tensor of two or more dimensions, in the model's order: decayed
+    matrices: tuple[
+        int, ...
+    ]  # elements of each trained tensor of two or more dimensions, in the model's order: decayed
     vectors: tuple[int, ...]  # of the other trained ones: biases and norms, without decay
     frozen: tuple[int, ...]  # of parameters that are not trained
     buffer_bytes: int  # of what a model keeps beside parameters, e.g. frequencies of rotary positions

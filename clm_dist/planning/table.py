@@ -3,8 +3,10 @@
 from clm_dist.planning.plan import Outlook
 from clm_dist.planning.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, Row
 
-HEADS = ("strategy", "ckpt", "params", "grads", "optim", "buffers", "activ.", "logits", "total", "B", "largest B")
-HEADS += ("CPU/node", "sent/step")
+HEADS = (
+    *("strategy", "ckpt", "params", "grads", "optim", "buffers", "activ.", "logits", "total", "B", "largest B"),
+    *("CPU/node", "sent/step"),
+)
 
 
 def text_of(outlook: Outlook) -> str:
@@ -15,9 +17,10 @@ def text_of(outlook: Outlook) -> str:
 
 def _introduction(outlook: Outlook) -> list[str]:
     cluster = outlook.cluster
+    precision = "fp32" if outlook.mixed_precision == "no" else outlook.mixed_precision
     nodes = f" in {cluster.nodes} nodes" if cluster.nodes > 1 else ""
     lines = [
-        f"{outlook.model}: {outlook.parameters:,} parameters, {outlook.mixed_precision} precision, blocks of "
+        f"{outlook.model}: {outlook.parameters:,} parameters, {precision}, blocks of "
         f"{outlook.block_size:,} tokens, {outlook.global_batch_size:,} sequences = {outlook.tokens_per_step:,} tokens per step",
         f"{cluster.gpus} GPUs of {cluster.gpu_memory_gib:g} GiB{nodes}; {outlook.usable_bytes / GIB:.1f} GiB of each can be "
         f"planned with: {CONTEXT_BYTES / GIB:g} GiB is CUDA's and NCCL's own, {FRAGMENTATION:.0%} of the rest is lost to "
@@ -83,7 +86,8 @@ def _recommendation(outlook: Outlook) -> list[str]:
 
 def _time(outlook: Outlook, best: Row) -> str:
     if best.seconds_per_step is None:
-        return "time: not known; give --tflops X, what one GPU really does (perf/tflops of a short run, or stated)"
+        per_token = best.flops_per_token / 1e12
+        return f"time: not known; give --tflops X, stated, or measured: {per_token:.3g} x the tokens/s of one GPU in a short run"
     text = f"time at {outlook.cluster.tflops:g} TFLOP/s a GPU: {best.seconds_per_step:.3g} s per step"
     text += f", {outlook.tokens_per_step / best.seconds_per_step:,.0f} tokens/s"
     if outlook.steps_per_epoch is not None:
