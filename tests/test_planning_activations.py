@@ -51,9 +51,9 @@ def saved_bytes(model, ids, precision):
             saved[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
-            logits = model(input_ids=ids, use_cache=False).logits
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
+        logits = model(input_ids=ids, use_cache=False).logits
     saved.pop(logits.untyped_storage().data_ptr(), None)
     return sum(size for size, _ in saved.values())
 

@@ -79,8 +79,13 @@ def plan_run(config: Config, cluster: Cluster, recipe: str, overrides: list[str]
 def check_cluster(cluster: Cluster, global_batch_size: int) -> None:
     """Refuses numbers that no cluster has, all at once."""
     problems = []
-    given = {"--gpus": cluster.gpus, "--gpu-memory": cluster.gpu_memory_gib, "--nodes": cluster.nodes}
-    given |= {"--cpu-memory": cluster.cpu_memory_gib, "--tflops": cluster.tflops}
+    given: dict[str, float | None] = {
+        "--gpus": cluster.gpus,
+        "--gpu-memory": cluster.gpu_memory_gib,
+        "--nodes": cluster.nodes,
+        "--cpu-memory": cluster.cpu_memory_gib,
+        "--tflops": cluster.tflops,
+    }
     for option, value in given.items():
         if value is not None and not 0 < value < float("inf"):
             problems.append(f"{option} {value} is not possible; give a number above 0")

@@ -4,7 +4,7 @@ Legend: B = micro_batch_size, sequences per GPU and forward.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from clm_dist.planning.communication import bytes_sent
 from clm_dist.planning.estimate import flops_per_token, seconds_per_step
@@ -53,7 +53,7 @@ class Task:
     global_batch_size: int
     mixed: bool
     cluster: Cluster
-    zero: ZeroSettings = ZeroSettings()
+    zero: ZeroSettings = field(default_factory=ZeroSettings)
 
     @property
     def tokens_per_step(self) -> int:

@@ -21,7 +21,8 @@ def _introduction(outlook: Outlook) -> list[str]:
     nodes = f" in {cluster.nodes} nodes" if cluster.nodes > 1 else ""
     lines = [
         f"{outlook.model}: {outlook.parameters:,} parameters, {precision}, blocks of "
-        f"{outlook.block_size:,} tokens, {outlook.global_batch_size:,} sequences = {outlook.tokens_per_step:,} tokens per step",
+        f"{outlook.block_size:,} tokens, "
+        f"{outlook.global_batch_size:,} sequences = {outlook.tokens_per_step:,} tokens per step",
         f"{cluster.gpus} GPUs of {cluster.gpu_memory_gib:g} GiB{nodes}; {outlook.usable_bytes / GIB:.1f} GiB of each can be "
         f"planned with: {CONTEXT_BYTES / GIB:g} GiB is CUDA's and NCCL's own, {FRAGMENTATION:.0%} of the rest is lost to "
         "fragmentation",
@@ -68,8 +69,8 @@ def _recommendation(outlook: Outlook) -> list[str]:
         least = min(outlook.rows, key=lambda row: row.total)
         ckpt = " with activation checkpointing" if least.activation_checkpointing else ""
         return [
-            f"nothing fits: {least.strategy}{ckpt} needs {least.total / GIB:.1f} GiB of {outlook.usable_bytes / GIB:.1f} GiB "
-            f"a GPU and {least.host_bytes_per_node / GIB:.1f} GiB of CPU memory a node; take more or larger GPUs, or a "
+            f"nothing fits: {least.strategy}{ckpt} needs {least.total / GIB:.1f} GiB of {outlook.usable_bytes / GIB:.1f} "
+            f"GiB a GPU and {least.host_bytes_per_node / GIB:.1f} GiB of CPU memory a node; take more or larger GPUs, or a "
             "smaller data.block_size or model"
         ]
     accumulation = outlook.global_batch_size // (cluster.gpus * best.micro_batch_size)
@@ -87,7 +88,8 @@ def _recommendation(outlook: Outlook) -> list[str]:
 def _time(outlook: Outlook, best: Row) -> str:
     if best.seconds_per_step is None:
         per_token = best.flops_per_token / 1e12
-        return f"time: not known; give --tflops X, stated, or measured: {per_token:.3g} x the tokens/s of one GPU in a short run"
+        measured = f"{per_token:.3g} x the tokens/s of one GPU in a short run"
+        return f"time: not known; give --tflops X, stated, or measured: {measured}"
     text = f"time at {outlook.cluster.tflops:g} TFLOP/s a GPU: {best.seconds_per_step:.3g} s per step"
     text += f", {outlook.tokens_per_step / best.seconds_per_step:,.0f} tokens/s"
     if outlook.steps_per_epoch is not None:
