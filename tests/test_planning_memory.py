@@ -121,3 +121,12 @@ def test_shapes_are_those_of_the_model(name):
     model = AutoModelForCausalLM.from_config(built)
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert (found.lookup == 0) == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_tiny_models_need_padding(name):
+    """Else the launched tests would not see a wrong one."""
+    found = shapes(ModelConfig(type=name), tiny_configuration(name))
+    for world_size in (2, 3):
+        assert any(sum(group) % (2 * world_size) for group in found.groups)
+        assert any(size % world_size for group in found.groups for size in group)

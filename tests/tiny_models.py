@@ -1,7 +1,7 @@
-"""Five architectures, so small that a step takes milliseconds, of sizes that neither 2 nor 3 divides evenly."""
+"""Five architectures, so small that a step takes milliseconds, of sizes that two ranks and three cannot share evenly."""
 
 TINY = {
-    "gpt2": {"n_layer": 2, "n_embd": 33, "n_head": 3, "n_positions": 37, "vocab_size": 101},  # tied, learned positions
+    "gpt2": {"n_layer": 2, "n_embd": 33, "n_head": 3, "n_positions": 37, "vocab_size": 102},  # tied, learned positions
     "llama": {
         "num_hidden_layers": 3,
         "hidden_size": 35,
@@ -26,12 +26,12 @@ TINY = {
         "num_hidden_layers": 2,
         "hidden_size": 40,
         "intermediate_size": 77,
-        "vocab_size": 109,
+        "vocab_size": 101,
         "num_attention_heads": 5,
         "max_position_embeddings": 41,
     },
     "qwen2": {  # grouped queries, tied
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "hidden_size": 42,
         "intermediate_size": 61,
         "vocab_size": 113,
