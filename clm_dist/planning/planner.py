@@ -163,9 +163,10 @@ def _row(task: Task, strategy: Strategy, checkpointing: bool, line: Activations)
 
 def _fullest(task: Task, strategy: Strategy) -> ModelState:
     """Of all ranks, and of the moments between micro-steps and at the update, the one with the most gradients."""
+    differ = strategy.stage in (1, 2) and not task.mixed  # else the ranks hold alike
     states = [
         model_state(task.shapes, strategy, task.cluster.gpus, task.mixed, rank, accumulating, task.zero)
-        for rank in range(task.cluster.gpus)
+        for rank in range(task.cluster.gpus if differ else 1)
         for accumulating in (False, True)
     ]
     return max(states, key=lambda state: state.gradients)
