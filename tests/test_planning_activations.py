@@ -16,7 +16,7 @@ from clm_dist.planning.activations import (
 )
 from clm_dist.planning.shapes import shapes_of
 
-B, T = 3, 32  # B is none of the two that are counted
+B, T = 5, 32  # B is none of the two that are counted
 
 
 def without_dropout(name):
@@ -63,7 +63,7 @@ def saved_bytes(model, ids, precision):
 def test_what_is_kept_is_what_autograd_saves(name, precision):
     measured = saved_bytes(*real_model(name, precision), precision)
     estimate = count(builder(without_dropout(name)), T, precision, False).kept.at(B)
-    assert estimate == pytest.approx(measured, rel=0.15)
+    assert estimate == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -74,8 +74,11 @@ def test_the_peak_is_that_of_the_live_tensors(name, precision, checkpointing):
     with Meter() as meter:
         measured = micro_step(model, ids, precision, meter)
     found = count(builder(without_dropout(name)), T, precision, checkpointing)
-    assert found.kept.at(B) == pytest.approx(measured.kept, rel=0.15)
-    assert found.kept.at(B) + found.peak.at(B) == pytest.approx(measured.peak, rel=0.15)
+    assert found.kept.at(B) == pytest.approx(measured.kept, rel=0.02)
+    assert found.peak.at(B) == pytest.approx(measured.peak, rel=0.02)
+    with Meter() as meter:
+        alone = micro_step(model, ids[:1], precision, meter)
+    assert found.peak.at(1) == pytest.approx(alone.peak, rel=0.15)
 
 
 def test_the_meter_counts_each_storage_from_its_making_to_its_end():
@@ -83,13 +86,13 @@ def test_the_meter_counts_each_storage_from_its_making_to_its_end():
         x = torch.zeros(100)  # 400 bytes
         y = x[:50]  # a view
         z = x + 1
-        assert (meter.alive, meter.peak) == (800, 800)
+        assert (meter.alive, max(meter.history)) == (800, 800)
         del x
         assert meter.alive == 800  # the view keeps it
         del y
-        assert (meter.alive, meter.peak) == (400, 800)
+        assert (meter.alive, max(meter.history)) == (400, 800)
         del z
-    assert (meter.alive, meter.peak) == (0, 800)
+    assert (meter.alive, max(meter.history)) == (0, 800)
 
 
 def test_dropout_is_counted_as_on_a_gpu():
@@ -123,7 +126,8 @@ def test_the_formula_is_near_for_a_gpt():
     assert by_formula.kept.at(8) == 8 * 4 * 34 * 1024 * 1600
     # transformers' own GELU is written out in eight operations, each of which keeps something
     assert by_formula.kept.at(8) < counted.kept.at(8) < 3 * by_formula.kept.at(8)
-    assert by_formula.peak.at(8) == pytest.approx(counted.peak.at(8), rel=0.15)
+    logits = [found.peak.at(8) - found.kept.at(8) for found in (by_formula, counted)]
+    assert logits[0] == pytest.approx(logits[1], rel=0.15)
 
 
 def test_a_model_without_checkpointing_says_so():

@@ -1,11 +1,14 @@
 """Bytes of a model's state, by hand. That the live tensors have them is in tests/distributed/test_plan_live.py."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import TINY, tiny_configuration
 
 from clm_dist.config import ModelConfig
 from clm_dist.planning.memory import (
     STRATEGIES,
+    Envelope,
     Line,
     ModelState,
     Strategy,
@@ -96,6 +99,19 @@ def test_buffers():
 
 def test_a_line():
     assert [Line(10, 3).at(b) for b in (1, 2, 10)] == [13, 16, 40]
+
+
+def test_an_envelope_is_the_largest_of_its_lines():
+    lines = [Line(10, 0), Line(4, 2), Line(0, 3), Line(-7, 5), Line(9, 0), Line(4, 1), Line(-9, 5)]
+    envelope = Envelope.over(lines)
+    # 10, 10, 10, 13, 18 by hand: 5 B - 7 overtakes 10 between 3 and 4, and what lies below both goes
+    assert [envelope.at(b) for b in (1, 2, 3, 4, 5)] == [10, 10, 10, 13, 18]
+    assert Line(9, 0) not in envelope.lines and Line(-9, 5) not in envelope.lines and Line(0, 3) not in envelope.lines
+
+
+@given(st.lists(st.builds(Line, st.integers(0, 50), st.integers(0, 9)), min_size=1, max_size=12), st.integers(0, 99))
+def test_an_envelope_loses_nothing(lines, b):
+    assert Envelope.over(lines).at(b) == max(line.at(b) for line in lines)
 
 
 def test_shapes_of_gpt2():

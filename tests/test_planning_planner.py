@@ -7,7 +7,7 @@ import pytest
 from clm_dist.errors import ConfigError
 from clm_dist.planning.communication import bytes_sent
 from clm_dist.planning.estimate import flops_per_token, seconds_per_step
-from clm_dist.planning.memory import STRATEGIES, Activations, Line, ZeroSettings
+from clm_dist.planning.memory import STRATEGIES, Activations, Envelope, Line, ZeroSettings
 from clm_dist.planning.plan import check_cluster, command_for
 from clm_dist.planning.planner import GIB, MOST, Cluster, Task, largest, recommend, rows
 from clm_dist.planning.shapes import Shapes
@@ -15,7 +15,7 @@ from clm_dist.planning.shapes import Shapes
 DDP, ZERO1, ZERO2, ZERO3, *_ = STRATEGIES
 SMALL = Shapes(matrices=(60, 36), vectors=(4,), frozen=(), buffer_bytes=0, lookup=20, layers=2, width=3)  # 100
 BILLION = Shapes(matrices=(GIB,), vectors=(), frozen=(), buffer_bytes=0, lookup=0, layers=1, width=1)
-NO_MEMORY = Activations(Line(0, 0), Line(0, 0), counted=True)
+NO_MEMORY = Activations(Line(0, 0), Envelope((Line(0, 0),)), counted=True)
 
 
 def test_largest():
@@ -57,7 +57,10 @@ def task(memory_gib, global_batch_size=16, gpus=2, **more):
 
 
 def memory_of(kept_gib, checkpointed_gib):
-    plain, less = (Activations(Line(0, each * GIB), Line(0, 0), counted=True) for each in (kept_gib, checkpointed_gib))
+    plain, less = (
+        Activations(Line(0, each * GIB), Envelope((Line(0, each * GIB),)), counted=True)
+        for each in (kept_gib, checkpointed_gib)
+    )
     return {("fp32", False): plain, ("fp32", True): less}
 
 

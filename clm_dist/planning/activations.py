@@ -25,10 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clm_dist.model.loss import next_token_nll
-from clm_dist.planning.memory import Activations, Line
+from clm_dist.planning.memory import Activations, Envelope, Line
 from clm_dist.planning.shapes import Shapes
 
-SAMPLES = (1, 16)  # B: the peak is the largest of several straight lines in B, and a chord of such is never below it
+SAMPLES = (2, 3)  # B; a single sequence is left out, since its transposed tensors need no copies
 
 
 class NoCheckpointingError(Exception):
@@ -36,11 +36,16 @@ class NoCheckpointingError(Exception):
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What one simulated micro-step came to, in bytes."""
+class MicroStep:
+    """What one micro-step came to, in bytes."""
 
-    kept: int
-    peak: int
+    kept: int  # when the forward pass is done
+    alive: tuple[int, ...]  # each time that something new was made
+
+    @property
+    def peak(self) -> int:
+        """The most that was alive at once."""
+        return max(self.alive)
 
 
 def count(build: Callable[[torch.dtype], Any], block_size: int, precision: str, checkpointing: bool) -> Activations:
@@ -49,8 +54,11 @@ def count(build: Callable[[torch.dtype], Any], block_size: int, precision: str, 
     precision: "fp32"; "autocast" (bf16 or fp16 computation on fp32 weights, as DDP trains); "bf16" (weights too, as
     DeepSpeed does). checkpointing: only the inputs of the layers are kept, and each layer is computed again.
     """
-    one, many = (simulate(build, b, block_size, precision, checkpointing) for b in SAMPLES)
-    return Activations(_line(one.kept, many.kept), _line(one.peak - one.kept, many.peak - many.kept), counted=True)
+    one, more = (simulate(build, b, block_size, precision, checkpointing) for b in SAMPLES)
+    # the same operations in the same order whatever B is: each moment is a line of its own, and so the worst is known
+    # for every B, although it is another one for few sequences (a gradient of an embedding) than for many (the logits)
+    moments = (_line(*pair) for pair in zip(one.alive, more.alive, strict=True))
+    return Activations(_line(one.kept, more.kept), Envelope.over(moments), counted=True)
 
 
 def formula(shapes: Shapes, vocab_size: int, block_size: int, precision: str, checkpointing: bool) -> Activations:
@@ -62,7 +70,7 @@ def formula(shapes: Shapes, vocab_size: int, block_size: int, precision: str, ch
     logits = 12 * block_size * vocab_size  # in fp32: log-probabilities, their gradient, that of the logits
     weights = 2 * shapes.parameters if precision == "autocast" else 0
     peak = max(logits, layer) if checkpointing else logits
-    return Activations(Line(weights, kept), Line(0, peak), counted=False)
+    return Activations(Line(weights, kept), Envelope((Line(weights, kept + peak),)), counted=False)
 
 
 def simulate(
@@ -72,7 +80,7 @@ def simulate(
     precision: str,
     checkpointing: bool = False,
     as_on_gpu: bool = True,
-) -> Moment:
+) -> MicroStep:
     """One micro-step of B sequences without contents."""
     with FakeTensorMode():
         model = build(torch.bfloat16 if precision == "bf16" else torch.float32).train()
@@ -87,7 +95,7 @@ def simulate(
             return micro_step(model, ids, precision, meter)
 
 
-def micro_step(model: Any, ids: torch.Tensor, precision: str, meter: "Meter") -> Moment:
+def micro_step(model: Any, ids: torch.Tensor, precision: str, meter: "Meter") -> MicroStep:
     """Forward, loss and backward, as training does them."""
     mixed = torch.autocast("cpu", dtype=torch.bfloat16) if precision == "autocast" else nullcontext()
     with mixed:
@@ -98,15 +106,16 @@ def micro_step(model: Any, ids: torch.Tensor, precision: str, meter: "Meter") ->
     nll = next_token_nll(logits, ids).sum()
     del logits
     nll.backward()
-    return Moment(kept, meter.peak)
+    return MicroStep(kept, tuple(meter.history))
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of the storages made under it that are alive, and the most there ever were."""
+    """Bytes of the storages made under it that are alive, now and each time that there was a new one."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive = self.peak = 0
+        self.alive = 0
+        self.history: list[int] = []
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -129,7 +138,7 @@ class Meter(TorchDispatchMode):
 
         self._known[key] = weakref.ref(storage, forget)
         self.alive += size
-        self.peak = max(self.peak, self.alive)
+        self.history.append(self.alive)
 
 
 @contextmanager
@@ -167,6 +176,6 @@ def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace
     return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
 
 
-def _line(one: int, many: int) -> Line:
-    slope = (many - one) / (SAMPLES[1] - SAMPLES[0])
+def _line(one: int, more: int) -> Line:
+    slope = (more - one) / (SAMPLES[1] - SAMPLES[0])
     return Line(one - slope * SAMPLES[0], slope)

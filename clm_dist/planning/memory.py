@@ -9,7 +9,7 @@ Legend: W = world_size. "mixed": bf16 or fp16 training; DDP then keeps all weigh
 16-bit weights and an fp32 copy of its own part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from clm_dist.planning.shapes import Shapes
@@ -76,11 +76,38 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Envelope:
+    """The largest of several lines: which moment is the worst depends on B."""
+
+    lines: tuple[Line, ...]
+
+    @classmethod
+    def over(cls, lines: Iterable[Line]) -> "Envelope":
+        """Only those of `lines` that are the largest somewhere, from the flattest to the steepest."""
+        kept: list[Line] = []
+        for line in sorted(set(lines), key=lambda line: (line.per_sequence, line.fixed)):
+            while kept and (kept[-1].fixed <= line.fixed or (len(kept) > 1 and _below(kept[-2], kept[-1], line))):
+                kept.pop()
+            kept.append(line)
+        return cls(tuple(kept))
+
+    def at(self, sequences: int) -> int:
+        """Bytes for so many sequences."""
+        return max(line.at(sequences) for line in self.lines)
+
+
+def _below(flatter: Line, line: Line, steeper: Line) -> bool:
+    """Whether `line` is nowhere above both others: they meet before it meets the steeper one."""
+    rise = (flatter.fixed - steeper.fixed) * (line.per_sequence - flatter.per_sequence)
+    return rise <= (flatter.fixed - line.fixed) * (steeper.per_sequence - flatter.per_sequence)
+
+
+@dataclass(frozen=True)
 class Activations:
     """Bytes of one micro-step beside parameters and their gradients."""
 
     kept: Line  # from the forward pass of each layer to its backward pass (bf16 copies of weights by autocast too)
-    peak: Line  # on top of that at the worst moment: logits, log-probabilities, their gradients; a layer recomputed
+    peak: Envelope  # at the worst moment: with logits, log-probabilities, their gradients; or a layer recomputed
     counted: bool  # False: by formula
 
 

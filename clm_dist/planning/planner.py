@@ -132,7 +132,7 @@ def _row(task: Task, strategy: Strategy, checkpointing: bool, line: Activations)
     enough_host = cluster.cpu_memory_gib is None or host <= cluster.cpu_memory_gib * GIB
 
     def total(sequences: int) -> int:
-        return held + line.kept.at(sequences) + line.peak.at(sequences)
+        return held + line.peak.at(sequences)
 
     most = largest(lambda sequences: enough_host and total(sequences) <= cluster.usable)
     each = task.global_batch_size // cluster.gpus
@@ -149,7 +149,7 @@ def _row(task: Task, strategy: Strategy, checkpointing: bool, line: Activations)
         optimizer_states=state.optimizer_states,
         buffers=around,
         activations=line.kept.at(micro),
-        logits=line.peak.at(micro),
+        logits=line.peak.at(micro) - line.kept.at(micro),
         total=total(micro),
         by_paper=round(by_paper(task.shapes.parameters, strategy.stage, cluster.gpus)),
         host_bytes_per_node=host,
