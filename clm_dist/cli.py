@@ -1,4 +1,4 @@
-"""The door: `clm-dist prepare | data | train | evaluate | verify | replay | generate | report`. Imports no torch."""
+"""The door: `clm-dist prepare | data | plan | train | evaluate | verify | replay | generate | report`. Imports no torch."""
 
 import argparse
 import errno
@@ -28,6 +28,7 @@ DESCRIPTION = """Train causal language models on many processes: exact order, ex
 
   clm-dist prepare  RECIPE   text to blocks of token ids on disk, once
   clm-dist data inspect DIR  what prepared data holds; data verify DIR: whether it is what was written
+  clm-dist plan     RECIPE   what of it fits on which GPUs, and the command to launch it
   clm-dist train    RECIPE   train, evaluate, export; many processes by `accelerate launch ... -m clm_dist train RECIPE`
   clm-dist check    RECIPE   whether a launch learns what one plain process would, on the first steps
   clm-dist evaluate RECIPE   exact loss and perplexity of any model on the recipe's held-out text
@@ -70,6 +71,25 @@ COMMANDS: dict[str, tuple[str, str, str, dict[str, dict[str, Any]]]] = {
     "data verify": (
         *("reread prepared data against its check sums", "FOLDER", "prepared data (data.prepared_dir)"),
         {},
+    ),
+    "plan": (
+        *(
+            "memory, communication and time on GPUs that you need not have; and which way to launch",
+            "RECIPE",
+            "YAML recipe",
+        ),
+        {
+            "--gpus": {"type": int, "required": True, "metavar": "N", "help": "GPUs of all nodes together"},
+            "--gpu-memory": {"type": float, "required": True, "metavar": "GIB", "help": "memory of each, e.g. 80"},
+            "--nodes": {"type": int, "default": 1, "metavar": "N", "help": "machines that they stand in (default 1)"},
+            "--cpu-memory": {"type": float, "metavar": "GIB", "help": "memory of each machine, for offload"},
+            "--tflops": {
+                "type": float,
+                "metavar": "X",
+                "help": "10^12 operations a second that one GPU really does, measured or stated; for times",
+            },
+            "--json": {"action": "store_true", "help": "everything as JSON, in bytes and seconds"},
+        },
     ),
     "train": (
         *("train, evaluate each epoch, export", "RECIPE", "YAML recipe"),
@@ -124,6 +144,7 @@ INTERRUPTED = {
     "prepare": "what was finished is kept, and the same command goes on from there",
     "data inspect": "nothing was written",
     "data verify": "nothing was written",
+    "plan": "nothing was written",
     "train": "nothing was trained yet",
     "check": "nothing was written",
     "replay": "nothing was written",

@@ -54,6 +54,20 @@ def data_verify(args: argparse.Namespace) -> None:
         print(verify(args.folder))
 
 
+def plan(args: argparse.Namespace) -> None:
+    """What a run takes, before there is one."""
+    _refuse_launcher("plan")
+    config = recipe.load(args.recipe, args.overrides)
+    quiet_libraries()
+    from clm_dist.planning.plan import plan_run
+    from clm_dist.planning.planner import Cluster
+    from clm_dist.planning.table import text_of
+
+    cluster = Cluster(args.gpus, args.gpu_memory, args.nodes, args.cpu_memory, args.tflops)
+    outlook = plan_run(config, cluster, args.recipe, args.overrides)
+    print(json.dumps(outlook.as_json(), indent=2) if args.json else text_of(outlook))
+
+
 def train(args: argparse.Namespace) -> None:
     """Trains on the prepared blocks, or goes on with that."""
     watch = Watch()

@@ -18,7 +18,7 @@ MAY_KNOW = {
     "publish": set(),
     "watch": set(),
     "ledger": {"data"},
-    "planning": set(),
+    "planning": {"data", "model"},
     "checkpoint": set(),
     "engine": {"checkpoint"},
     "training": {"data", "model", "publish", "watch", "ledger", "checkpoint", "engine", "planning"},
@@ -47,6 +47,10 @@ PURE = [
     "planning/deepspeed_config.py",
     "planning/deepspeed_launch.py",
     "planning/deepspeed_live.py",
+    "planning/memory.py",
+    "planning/communication.py",
+    "planning/estimate.py",
+    "planning/planner.py",
 ]
 
 

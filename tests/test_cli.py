@@ -11,7 +11,7 @@ from clm_dist.cli import PATIENCE, main, parse
 from clm_dist.errors import ConfigError, nearest
 
 
-@pytest.mark.parametrize("command", ["", "prepare", "train", "evaluate", "generate", "report"])
+@pytest.mark.parametrize("command", ["", "prepare", "plan", "train", "evaluate", "generate", "report"])
 def test_help_imports_no_torch(command):
     script = (
         "import sys; from clm_dist.cli import parse\n"
@@ -24,7 +24,7 @@ def test_help_imports_no_torch(command):
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage: clm-dist" in done.stdout
-    if command in ("prepare", "train", "evaluate"):
+    if command in ("prepare", "plan", "train", "evaluate"):
         assert "data.block_size  (int, >= 2, default 128)" in done.stdout
 
 

@@ -1,4 +1,4 @@
-"""Every command of the README, of docs/data.md and docs/recovery.md runs, in their order, in a copy of the repository.
+"""Every command of the README and of the pages in NAMES runs, in their order, in a copy of the repository.
 
 The Hub's place is taken by the local stand-in with a tiny model and data set of the same names, so that what the reader
 types is what runs. `make test` is what runs this.
@@ -17,7 +17,8 @@ from test_hub import DATA, MODEL
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
 
-PAGES = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/data.md", "docs/recovery.md"))
+NAMES = ("README.md", "docs/data.md", "docs/recovery.md", "docs/planning.md")
+PAGES = "".join((ROOT / name).read_text(encoding="utf-8") for name in NAMES)
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGES, re.DOTALL) for line in block.splitlines() if line]
 
 

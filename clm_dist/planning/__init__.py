@@ -1,1 +1,1 @@
-"""What is known before a model is loaded or a GPU is held: settings of DeepSpeed, resolved and checked. No torch."""
+"""What is known before a GPU is held: whether a model fits, and settings of DeepSpeed, resolved and checked."""

@@ -1,0 +1,181 @@
+"""The memory that a forward and backward pass takes beside the model: counted on tensors without contents.
+
+One micro-step of the real model and of our loss runs under torch's FakeTensorMode, which follows shapes, types and
+lifetimes and computes nothing. Every storage is counted from its making to its end, so the peak is that of the live
+tensors, for any architecture, attention implementation and precision. The closed formula of Korthikanti et al.
+(arXiv:2205.05198, eq. 2) stands in where a model does something that needs values.
+
+Two things differ between the CPU and a GPU, and are counted as on a GPU: attention is one fused kernel also with dropout
+(on the CPU dropout would bring back the T x T matrix), and a dropout mask is one byte an element.
+
+Legend: B sequences, T = block_size, V = vocabulary.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from clm_dist.model.loss import next_token_nll
+from clm_dist.planning.memory import Activations, Envelope, Line
+from clm_dist.planning.shapes import Shapes
+
+SAMPLES = (2, 3)  # B; a single sequence is left out, since its transposed tensors need no copies
+
+
+class NoCheckpointingError(Exception):
+    """The architecture cannot compute its layers again."""
+
+
+@dataclass(frozen=True)
+class MicroStep:
+    """What one micro-step came to, in bytes."""
+
+    kept: int  # when the forward pass is done
+    alive: tuple[int, ...]  # each time that something new was made
+
+    @property
+    def peak(self) -> int:
+        """The most that was alive at once."""
+        return max(self.alive)
+
+
+def count(build: Callable[[torch.dtype], Any], block_size: int, precision: str, checkpointing: bool) -> Activations:
+    """Activations of the model that `build` makes in a given type, under FakeTensorMode.
+
+    precision: "fp32"; "autocast" (bf16 or fp16 computation on fp32 weights, as DDP trains); "bf16" (weights too, as
+    DeepSpeed does). checkpointing: only the inputs of the layers are kept, and each layer is computed again.
+    """
+    one, more = (simulate(build, b, block_size, precision, checkpointing) for b in SAMPLES)
+    # the same operations in the same order whatever B is: each moment is a line of its own, and so the worst is known
+    # for every B, although it is another one for few sequences (a gradient of an embedding) than for many (the logits)
+    moments = (_line(*pair) for pair in zip(one.alive, more.alive, strict=True))
+    return Activations(_line(one.kept, more.kept), Envelope.over(moments), counted=True)
+
+
+def formula(shapes: Shapes, vocab_size: int, block_size: int, precision: str, checkpointing: bool) -> Activations:
+    """The closed form for a GPT with dropout: a layer keeps 34 bytes of each of T x h activations in 16 bits (eq. 2 of
+    arXiv:2205.05198 without its T x T terms, which a fused attention kernel does not keep), or only its input."""
+    width = 4 if precision == "fp32" else 2
+    layer = 17 * width * block_size * shapes.width
+    kept = shapes.layers * (width * block_size * shapes.width if checkpointing else layer)
+    logits = 12 * block_size * vocab_size  # in fp32: log-probabilities, their gradient, that of the logits
+    weights = 2 * shapes.parameters if precision == "autocast" else 0
+    peak = max(logits, layer) if checkpointing else logits
+    return Activations(Line(weights, kept), Envelope((Line(weights, kept + peak),)), counted=False)
+
+
+def simulate(
+    build: Callable[[torch.dtype], Any],
+    sequences: int,
+    block_size: int,
+    precision: str,
+    checkpointing: bool = False,
+    as_on_gpu: bool = True,
+) -> MicroStep:
+    """One micro-step of B sequences without contents."""
+    with FakeTensorMode():
+        model = build(torch.bfloat16 if precision == "bf16" else torch.float32).train()
+        if checkpointing:
+            _checkpoint(model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)  # gradients are counted elsewhere; these are added to
+        ids = torch.zeros(sequences, block_size, dtype=torch.int64)
+        meter = Meter()
+        with _without_packing(), _as_on_gpu() if as_on_gpu else nullcontext(), meter:
+            return micro_step(model, ids, precision, meter)
+
+
+def micro_step(model: Any, ids: torch.Tensor, precision: str, meter: "Meter") -> MicroStep:
+    """Forward, loss and backward, as training does them."""
+    mixed = torch.autocast("cpu", dtype=torch.bfloat16) if precision == "autocast" else nullcontext()
+    with mixed:
+        logits = model(input_ids=ids, use_cache=False).logits  # (B, T, V)
+    if precision == "autocast":
+        logits = logits.float()  # as Accelerate does with what leaves a model under autocast
+    kept = meter.alive - logits.untyped_storage().nbytes()
+    nll = next_token_nll(logits, ids).sum()
+    del logits
+    nll.backward()
+    return MicroStep(kept, tuple(meter.history))
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of the storages made under it that are alive, now and each time that there was a new one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = 0
+        self.history: list[int] = []
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation and counts what storages are new in its results."""
+        out = func(*args, **(kwargs or {}))
+        given = {id(tensor.untyped_storage()) for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)}
+        for tensor in tree_leaves(out):
+            if torch.is_tensor(tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in given and id(storage) not in self._known:
+                    self._count(storage)
+        return out
+
+    def _count(self, storage: Any) -> None:
+        key, size = id(storage), storage.nbytes()
+
+        def forget(_: Any) -> None:
+            self._known.pop(key, None)
+            self.alive -= size
+
+        self._known[key] = weakref.ref(storage, forget)
+        self.alive += size
+        self.history.append(self.alive)
+
+
+@contextmanager
+def _as_on_gpu() -> Iterator[None]:
+    """Dropout as GPU kernels do it: within attention nothing is kept of it, elsewhere a mask of one byte an element."""
+    attention = F.scaled_dot_product_attention
+
+    def without_dropout(*args: Any, dropout_p: float = 0.0, **kwargs: Any) -> torch.Tensor:
+        return attention(*args, **kwargs)
+
+    with (
+        patch("torch.nn.functional.scaled_dot_product_attention", without_dropout),
+        patch("torch.nn.functional.dropout", _dropout),
+    ):
+        yield
+
+
+def _checkpoint(model: Any) -> None:
+    """Each layer keeps its input alone; transformers 5.23 gave the method a new name."""
+    if not model.supports_gradient_checkpointing:
+        raise NoCheckpointingError(type(model).__name__)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+@contextmanager
+def _without_packing() -> Iterator[None]:
+    """transformers looks at positions whether several documents share a row, and makes a T x T mask where it cannot see
+    their values; in training it sees that none do, and leaves the mask to the attention kernel."""
+    with patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None, create=True):
+        yield
+
+
+def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:  # noqa: A002
+    return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
+
+
+def _line(one: int, more: int) -> Line:
+    slope = (more - one) / (SAMPLES[1] - SAMPLES[0])
+    return Line(one - slope * SAMPLES[0], slope)

@@ -1,0 +1,172 @@
+"""The plan of a run that has not begun: from a recipe and a cluster to figures and a command."""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from clm_dist.config import Config
+from clm_dist.data.manifest import MANIFEST, Manifest, read_manifest
+from clm_dist.data.order import steps_of_epochs
+from clm_dist.disagreements import divisors
+from clm_dist.errors import ConfigError
+from clm_dist.model.build import check_fits, model_configuration
+from clm_dist.planning.memory import STRATEGIES, Activations
+from clm_dist.planning.planner import Cluster, Row, Task, precision_of, recommend, rows
+from clm_dist.planning.shapes import blank_model, shapes
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """All that is known of a run before it is launched."""
+
+    model: str
+    parameters: int
+    mixed_precision: str
+    block_size: int
+    global_batch_size: int
+    tokens_per_step: int
+    steps_per_epoch: int | None  # None: nothing is prepared yet
+    tokens_per_epoch: int | None
+    epoch_note: str  # why they are not known; empty where they are
+    cluster: Cluster
+    usable_bytes: int
+    by_formula: str  # why activations are by formula and not counted; empty where they are counted
+    rows: list[Row]
+    recommended: Row | None
+    command: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for a program."""
+        return asdict(self)
+
+
+def plan_run(config: Config, cluster: Cluster, recipe: str, overrides: list[str]) -> Outlook:
+    """The outlook of a recipe on a cluster; nothing is loaded but the model's configuration."""
+    train, block_size = config.train, config.data.block_size
+    check_cluster(cluster, train.global_batch_size)
+    manifest = _prepared(config)
+    built = _configuration(config, manifest)
+    precision = str(train.mixed_precision)
+    precision = "bf16" if precision == "auto" else precision  # which is what any GPU with such memory computes in
+    mixed = precision != "no"
+    task = Task(shapes(config.model, built), block_size, train.global_batch_size, mixed, cluster)
+    memory, by_formula = _activations(config, built, task)
+    found = rows(task, memory)
+    best = recommend(found)
+    steps, note = _epoch(config, manifest)
+    return Outlook(
+        model=str(config.model.name or config.model.type),
+        parameters=task.shapes.parameters,
+        mixed_precision=precision,
+        block_size=block_size,
+        global_batch_size=train.global_batch_size,
+        tokens_per_step=task.tokens_per_step,
+        steps_per_epoch=steps,
+        tokens_per_epoch=manifest.splits["train"].blocks * block_size if manifest and steps else None,
+        epoch_note=note,
+        cluster=cluster,
+        usable_bytes=cluster.usable,
+        by_formula=by_formula,
+        rows=found,
+        recommended=best,
+        command=command_for(best, cluster, recipe, overrides) if best else None,
+    )
+
+
+def check_cluster(cluster: Cluster, global_batch_size: int) -> None:
+    """Refuses numbers that no cluster has, all at once."""
+    problems = []
+    given: dict[str, float | None] = {
+        "--gpus": cluster.gpus,
+        "--gpu-memory": cluster.gpu_memory_gib,
+        "--nodes": cluster.nodes,
+        "--cpu-memory": cluster.cpu_memory_gib,
+        "--tflops": cluster.tflops,
+    }
+    for option, value in given.items():
+        if value is not None and not 0 < value < float("inf"):
+            problems.append(f"{option} {value} is not possible; give a number above 0")
+    if not problems and cluster.gpus % cluster.nodes:
+        problems.append(
+            f"--gpus {cluster.gpus} cannot stand evenly in --nodes {cluster.nodes}; give the GPUs of all nodes together, "
+            f"a multiple of {cluster.nodes}"
+        )
+    if not problems and cluster.usable <= 0:
+        problems.append(f"--gpu-memory {cluster.gpu_memory_gib} GiB is less than CUDA itself takes; give 2 or more")
+    if not problems and global_batch_size % cluster.gpus:
+        problems.append(
+            f"train.global_batch_size={global_batch_size} is not divisible by {cluster.gpus} GPUs; set a multiple of "
+            f"{cluster.gpus}, or plan for one of {divisors(global_batch_size)} GPUs"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def command_for(row: Row, cluster: Cluster, recipe: str, overrides: list[str]) -> str:
+    """What launches a row: topology from accelerate_configs/, the rest as overrides behind those that were given."""
+    own = ("train.micro_batch_size=", "train.activation_checkpointing=")
+    kept = [text for text in overrides if not text.startswith(own)]
+    settings = [f"train.micro_batch_size={row.micro_batch_size}"]
+    if row.activation_checkpointing:
+        settings.append("train.activation_checkpointing=true")
+    words = ["accelerate", "launch", "--config_file", f"accelerate_configs/{row.strategy}.yaml"]
+    words += ["--num_processes", str(cluster.gpus)]
+    nodes = ""
+    if cluster.nodes > 1:
+        nodes = f" --num_machines {cluster.nodes} --machine_rank $NODE_RANK --main_process_ip $MAIN_HOST"
+        nodes += " --main_process_port 29500"
+    program = ["-m", "clm_dist", "train", recipe, *kept, *settings]
+    return f"{shlex.join(words)}{nodes} {shlex.join(program)}"
+
+
+def _prepared(config: Config) -> Manifest | None:
+    if not (Path(config.data.prepared_dir) / MANIFEST).is_file():
+        return None
+    return read_manifest(config.data.prepared_dir)
+
+
+def _configuration(config: Config, manifest: Manifest | None) -> Any:
+    """The model's configuration, of the vocabulary that the data has or will have."""
+    vocab_size = manifest.vocab_size if manifest else config.data.tokenizer_vocab_size
+    built = model_configuration(config.model, {} if vocab_size is None else {"vocab_size": vocab_size})
+    check_fits(built, config.data.block_size, vocab_size or 0, str(config.model.name or config.model.type))
+    built.use_cache = False  # as in training
+    return built
+
+
+def _epoch(config: Config, manifest: Manifest | None) -> tuple[int | None, str]:
+    """Steps of one epoch, or why they are not known."""
+    if manifest is None:
+        return None, f"nothing is prepared in {config.data.prepared_dir} yet: run `clm-dist prepare`"
+    prepared = manifest.options["block_size"]
+    if prepared != config.data.block_size:
+        return (
+            None,
+            f"{config.data.prepared_dir} holds blocks of {prepared} tokens: prepare for {config.data.block_size}",
+        )
+    return steps_of_epochs(1, manifest.splits["train"].blocks, config.train.global_batch_size), ""
+
+
+def _activations(config: Config, built: Any, task: Task) -> tuple[dict[tuple[str, bool], Activations], str]:
+    """Activations by (precision, checkpointing), counted; by formula with the reason where a model defies that."""
+    from clm_dist.planning import activations
+
+    build: Callable[[Any], Any] = partial(blank_model, config.model, built)
+    wanted = {(precision_of(strategy, task.mixed), ckpt) for strategy in STRATEGIES for ckpt in (False, True)}
+    found: dict[tuple[str, bool], Activations] = {}
+    why = ""
+    for precision, checkpointing in sorted(wanted):
+        try:
+            found[precision, checkpointing] = activations.count(build, task.block_size, precision, checkpointing)
+        except activations.NoCheckpointingError:
+            continue
+        except Exception as error:  # whatever a model does with values that are not there
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            vocab_size = built.get_text_config().vocab_size
+            found[precision, checkpointing] = activations.formula(
+                task.shapes, vocab_size, task.block_size, precision, checkpointing
+            )
+    return found, why

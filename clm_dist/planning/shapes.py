@@ -1,0 +1,78 @@
+"""What a model is made of, from its configuration alone: built on the meta device, which holds shapes and no numbers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from clm_dist.config import ModelConfig
+from clm_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of the tensors of a model. A tensor that two modules share (a tied head) stands here once."""
+
+    matrices: tuple[
+        int, ...
+    ]  # elements of each trained tensor of two or more dimensions, in the model's order: decayed
+    vectors: tuple[int, ...]  # of the other trained ones: biases and norms, without decay
+    frozen: tuple[int, ...]  # of parameters that are not trained
+    buffer_bytes: int  # of what a model keeps beside parameters, e.g. frequencies of rotary positions
+    lookup: int  # parameters of the input embedding where it is not the head too: read by index, never multiplied
+    layers: int
+    width: int  # of attention: heads x size of a head
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """The parameter groups of `make_optimizer`; empty ones do not count."""
+        return tuple(group for group in (self.matrices, self.vectors) if group)
+
+    @property
+    def trained(self) -> int:
+        """Trained parameters."""
+        return sum(self.matrices) + sum(self.vectors)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        return self.trained + sum(self.frozen)
+
+
+def blank_model(config: ModelConfig, built: Any, dtype: Any) -> Any:
+    """The model of a configuration in `dtype`; on the meta device or under FakeTensorMode it takes no memory."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_config(built, trust_remote_code=config.trust_remote_code, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError) as error:  # sizes that do not go together
+        raise UserError(f"model.config={config.config} builds no {built.model_type}: {error}; correct it") from None
+
+
+def shapes(config: ModelConfig, built: Any) -> Shapes:
+    """The shapes of a model by its configuration; no weight is made or loaded."""
+    import torch
+
+    with torch.device("meta"):
+        model = blank_model(config, built, torch.float32)
+    return shapes_of(model)
+
+
+def shapes_of(model: Any) -> Shapes:
+    """The shapes of a model that exists."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    text = model.config.get_text_config()
+    heads, width = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", 0)
+    size_of_head = getattr(text, "head_dim", None)
+    if isinstance(heads, int) and isinstance(size_of_head, int):
+        width = heads * size_of_head
+    return Shapes(
+        matrices=tuple(parameter.numel() for parameter in trained if parameter.ndim >= 2),
+        vectors=tuple(parameter.numel() for parameter in trained if parameter.ndim < 2),
+        frozen=tuple(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad),
+        buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
+        lookup=0 if tied else embedding.weight.numel(),
+        layers=getattr(text, "num_hidden_layers", 0) or 0,
+        width=width or 0,
+    )

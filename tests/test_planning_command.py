@@ -1,0 +1,122 @@
+"""`clm-dist plan`: a table, JSON, and one message for bad input; no data, no GPU and no network."""
+
+import json
+
+import pytest
+from conftest import recipe_values, write_recipe
+from tiny_models import TINY
+
+from clm_dist.cli import main
+
+NO_ROOM = ["--gpus", "2", "--gpu-memory", "2.2"]
+ROOM = ["--gpus", "2", "--gpu-memory", "24"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    return str(write_recipe(folder / "recipe.yaml", recipe_values(folder)))
+
+
+def test_a_table_before_anything_is_prepared(recipe, capsys):
+    assert main(["plan", recipe, *ROOM]) == 0
+    out = capsys.readouterr().out
+    for needle in (
+        "gpt2: 37,120 parameters, fp32, blocks of 16 tokens, 12 sequences = 192 tokens per step",
+        "2 GPUs of 24 GiB; 21.6 GiB of each can be planned with",
+        "steps and tokens per epoch are not known: nothing is prepared in",
+        "recommended: ddp, micro-batch 6, 1 micro-steps per step",
+        "time: not known; give --tflops X",
+        f"accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 -m clm_dist train {recipe} "
+        "train.micro_batch_size=6",
+    ):
+        assert needle in out, out
+    assert [line.split()[0] for line in out.splitlines() if line[:4] in ("ddp ", "zero")] == [
+        *("ddp", "ddp", "zero1", "zero1", "zero2", "zero2", "zero3", "zero3"),
+        *("zero2_offload", "zero2_offload", "zero3_offload", "zero3_offload"),
+    ]
+
+
+def test_json_of_a_prepared_set(trained, capsys):
+    """The run of the fixture has 120 texts prepared; the counts are those of its manifest."""
+    manifest = json.loads((trained / "prepared" / "manifest.json").read_text())
+    blocks = manifest["splits"]["train"]["blocks"]
+    arguments = [
+        "plan",
+        str(trained / "recipe.yaml"),
+        *ROOM,
+        "--tflops",
+        "0.001",
+        "--json",
+        "train.mixed_precision=bf16",
+    ]
+    assert main(arguments) == 0
+    outlook = json.loads(capsys.readouterr().out)
+    assert outlook["steps_per_epoch"] == -(-blocks // 12)
+    assert outlook["tokens_per_epoch"] == blocks * 16
+    assert outlook["mixed_precision"] == "bf16" and outlook["by_formula"] == ""
+    ddp = outlook["rows"][0]
+    parts = ("parameters", "gradients", "optimizer_states", "buffers", "activations", "logits")
+    assert ddp["total"] == sum(ddp[part] for part in parts)
+    assert ddp["parameters"] == 4 * outlook["parameters"]
+    assert outlook["recommended"] == ddp
+    assert ddp["seconds_per_step"] == pytest.approx(ddp["flops_per_token"] * 192 / 2e9)
+
+
+def test_blocks_of_another_size_are_no_epoch(trained, capsys):
+    assert main(["plan", str(trained / "recipe.yaml"), *ROOM, "data.block_size=8"]) == 0
+    assert "holds blocks of 16 tokens: prepare for 8" in capsys.readouterr().out
+
+
+def test_nothing_fits(recipe, capsys):
+    large = ["model.config.n_embd=4096", "model.config.n_layer=40"]
+    assert main(["plan", recipe, *NO_ROOM, *large]) == 0
+    out = capsys.readouterr().out
+    assert "nothing fits: " in out and "take more or larger GPUs" in out and "accelerate launch" not in out
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_other_architectures(recipe, name, capsys):
+    settings = [f"model.config.{key}={json.dumps(value)}" for key, value in TINY[name].items() if key != "vocab_size"]
+    assert main(["plan", recipe, *ROOM, f"model.type={name}", "model.config={}", *settings, "--json"]) == 0
+    outlook = json.loads(capsys.readouterr().out)
+    assert outlook["by_formula"] == "" and len(outlook["rows"]) == 12
+
+
+def test_a_model_that_cannot_be_traced_is_by_formula(recipe, capsys, monkeypatch):
+    from clm_dist.planning import activations
+
+    def refuse(*_):
+        raise RuntimeError("needs values")
+
+    monkeypatch.setattr(activations, "count", refuse)
+    assert main(["plan", recipe, *ROOM]) == 0
+    assert (
+        "by formula (arXiv:2205.05198), the model cannot be traced: RuntimeError: needs values"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needle"),
+    [
+        (["--gpus", "5", "--gpu-memory", "24"], "train.global_batch_size=12 is not divisible by 5 GPUs"),
+        (["--gpus", "2", "--gpu-memory", "-3"], "--gpu-memory -3.0 is not possible; give a number above 0"),
+        ([*ROOM, "model.config.n_head=5"], "builds no gpt2"),
+        ([*ROOM, "model.config.n_lyer=5"], "did you mean n_layer?"),
+        ([*ROOM, "data.block_size=65"], "data.block_size=65 exceeds the 64 positions of gpt2"),
+        ([*ROOM, "model.type=null", "model.name=/nowhere", "model.config={}"], "cannot load a model configuration"),
+    ],
+)
+def test_bad_input_is_one_message(recipe, arguments, needle, capsys):
+    assert main(["plan", recipe, *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("clm-dist plan: error: ") and needle in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", [["--gpus", "2"], ["--gpu-memory", "80"]])
+def test_both_are_needed(recipe, given, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", recipe, *given])
+    assert caught.value.code == 2
+    assert "the following arguments are required" in capsys.readouterr().err
