@@ -36,11 +36,11 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable ".[fast,dev,tensorboard,wandb]"
+	$(PIP) --editable ".[fast,dev,tensorboard,wandb,deepspeed]"
 	@touch $@
 
 $(VENV)/.installed-peers: $(VENV)/.installed-dev
-	$(PIP) --editable ".[fast,dev,tensorboard,wandb,peers]"
+	$(PIP) --editable ".[fast,dev,tensorboard,wandb,deepspeed,peers]"
 	@touch $@
 
 clean:  ## the environment only; runs and prepared data are yours

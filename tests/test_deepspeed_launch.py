@@ -103,8 +103,8 @@ BESIDE = "the file owns it"
 PROBLEMS = {
     "use_cpu": (
         {"ACCELERATE_USE_CPU": "true"},
-        "the launcher says use_cpu=true, with which Accelerate drops DeepSpeed in silence; leave use_cpu out and set "
-        "DS_ACCELERATOR=cpu in the environment",
+        "the launcher says use_cpu=true, with which Accelerate drops DeepSpeed in silence; leave use_cpu out: where "
+        "there is no GPU, processes on the CPU are started",
     ),
     "FSDP": (
         {"ACCELERATE_USE_FSDP": "true"},
@@ -113,7 +113,7 @@ PROBLEMS = {
     ),
     "accelerator": (
         {"DS_ACCELERATOR": "cuda"},
-        "DS_ACCELERATOR=cuda but the run is on cpu; set DS_ACCELERATOR=cpu in the environment",
+        "DS_ACCELERATOR=cuda but the run is on cpu; unset it in the environment",
     ),
     "world": (
         {"WORLD_SIZE": "4"},
@@ -156,7 +156,7 @@ PROBLEMS = {
 
 
 def problems(environment, two, tmp_path, device="cpu"):
-    config = recipe.build(recipe_values(tmp_path))
+    config = recipe.build(recipe_values(tmp_path, train={"mixed_precision": "no"}))
     found = launched({**ASKED, FILE: two})
     return launch_problems(environment, found, config, world_size=2, gradient_accumulation_steps=2, device=device)
 
@@ -170,6 +170,7 @@ def test_a_launcher_that_says_otherwise(environment, message, two, tmp_path, mon
 def test_a_launch_that_is_right(two, tmp_path, monkeypatch):
     monkeypatch.setattr(deepspeed_launch, "installed", lambda: True)
     assert problems(GOOD, two, tmp_path) == []
+    assert problems({key: value for key, value in GOOD.items() if key != "DS_ACCELERATOR"}, two, tmp_path) == []
     agreeing = {"ACCELERATE_GRADIENT_CLIPPING": "1.0", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
     assert problems({**GOOD, **agreeing}, two, tmp_path) == []
     on_gpu = {key: value for key, value in GOOD.items() if key != "DS_ACCELERATOR"}
@@ -178,9 +179,8 @@ def test_a_launch_that_is_right(two, tmp_path, monkeypatch):
 
 def test_a_machine_that_is_not_ready(two, tmp_path, monkeypatch):
     monkeypatch.setattr(deepspeed_launch, "installed", lambda: False)
-    absent, accelerator, launcher = problems(ASKED, two, tmp_path)
+    absent, launcher = problems(ASKED, two, tmp_path)
     assert "is not installed; pip install 'clm-dist[deepspeed]'" in absent
-    assert "DS_ACCELERATOR=(unset) but the run is on cpu; set DS_ACCELERATOR=cpu" in accelerator
     assert "needs a launcher, for one process too" in launcher
     (trial,) = problems(GOOD, two, tmp_path, device="cuda")[1:]
     assert trial == "DS_ACCELERATOR=cpu but the run is on cuda; unset it in the environment"

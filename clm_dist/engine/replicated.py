@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
 
 from clm_dist.checkpoint import content
 from clm_dist.checkpoint.content import Tensors
@@ -26,7 +27,7 @@ class Replicated(Engine):
 
     @property
     def plain(self) -> Any:
-        return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     @property
     def scales(self) -> bool:
@@ -55,7 +56,7 @@ class Replicated(Engine):
         gradients came (`Reducer::rebuild_buckets`). Where a value lies in a bucket decides in which order three or more
         ranks add it up: without this the first step after a resume would round otherwise than in a run that went on.
         """
-        if isinstance(self.model, torch.nn.parallel.DistributedDataParallel):
+        if isinstance(self.model, DistributedDataParallel):
             self.model.train()
             ids = torch.zeros(1, block_size, dtype=torch.int64, device=self.accelerator.device)
             self.model(input_ids=ids).logits.sum().backward()

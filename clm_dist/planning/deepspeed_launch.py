@@ -160,8 +160,8 @@ def _about_the_machine(environment: Mapping[str, str], world_size: int, device: 
         yield "DeepSpeed was asked for but is not installed; pip install 'clm-dist[deepspeed]', or launch with ddp.yaml"
     if is_true(environment, "ACCELERATE_USE_CPU"):
         yield (
-            "the launcher says use_cpu=true, with which Accelerate drops DeepSpeed in silence; leave use_cpu out and set "
-            "DS_ACCELERATOR=cpu in the environment"
+            "the launcher says use_cpu=true, with which Accelerate drops DeepSpeed in silence; leave use_cpu out: "
+            "where there is no GPU, processes on the CPU are started"
         )
     if is_true(environment, "ACCELERATE_USE_FSDP"):
         yield (

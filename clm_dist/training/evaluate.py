@@ -66,6 +66,8 @@ def evaluate(
 ) -> Evaluation | None:
     """Evaluates `model` on all blocks of `batches`. Every rank must call this; a rank may have nothing to do.
 
+    model: not in a DDP wrapper, since ranks may run different numbers of forward passes.
+
     leave: asked by every rank before each turn; where it says yes, there is no result. sharded: a forward pass is
     collective, so that a rank with nothing to do runs one whose result does not count.
 
@@ -76,10 +78,8 @@ def evaluate(
     blocks = len(batches.blocks)
     starts = range(0, blocks, micro_batch_size)
     table = torch.zeros(len(starts), 3, dtype=torch.float64, device=accelerator.device)
-    # past the DDP wrapper: ranks may run different numbers of forward passes
-    plain = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
-    was_training = plain.training
-    plain.eval()
+    was_training = model.training
+    model.eval()
     stopped = False
     # what is gathered in inference mode could not be trained with afterwards
     with torch.no_grad() if sharded else torch.inference_mode():
@@ -93,10 +93,10 @@ def evaluate(
                 continue
             first = starts[0] if spare else starts[j]
             batch = batches.batch(range(first, min(first + micro_batch_size, blocks)))
-            sums = _sums(plain(**batch.inputs()).logits, batch)
+            sums = _sums(model(**batch.inputs()).logits, batch)
             if not spare:
                 table[j] = sums
-    plain.train(was_training)
+    model.train(was_training)
     if stopped:
         return None
     rows = accelerator.reduce(table, reduction="sum").tolist()  # sync

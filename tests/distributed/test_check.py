@@ -1,0 +1,74 @@
+"""`clm-dist check`: launches that keep their promises pass, and each broken one is named."""
+
+from pathlib import Path
+
+import pytest
+from conftest import BIN, ROOT, execute, recipe_values, run_command, write_documents, write_recipe
+
+pytestmark = pytest.mark.distributed
+
+# idiom -> the first promise that it breaks
+BROKEN = {
+    "accumulation_steps_only": "gradient norm",
+    "all_tokens_count": "loss",
+    "scheduler_of_each_process": "learning rate",
+    "clipping_left_to_auto": "clipped gradients",
+    "data_of_another_rank": "blocks",
+}
+SLOW = pytest.mark.slow
+ENGINES = ["ddp", pytest.param("zero1", marks=SLOW), "zero2", pytest.param("zero3", marks=SLOW),
+           pytest.param("zero3_offload", marks=SLOW), pytest.param("fsdp2", marks=SLOW)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """Documents packed whole: micro-batches have different numbers of scored tokens. Every step clips."""
+    folder = tmp_path_factory.mktemp("check")
+    write_documents(folder / "texts.jsonl", count=150)
+    values = recipe_values(
+        folder,
+        data={"packing": "best_fit", "block_size": 48},
+        optim={"lr": 3e-3, "max_grad_norm": 0.2, "schedule": "linear"},
+        train={"max_steps": 20, "global_batch_size": 12, "micro_batch_size": 2},
+    )
+    path = write_recipe(folder / "recipe.yaml", values)
+    assert run_command("prepare", path).code == 0
+    return path
+
+
+def check(recipe, engine, *overrides, processes=2, broken=None):
+    script = Path(__file__).parent / "broken.py"
+    command = [BIN / "accelerate", "launch", "--config_file", ROOT / "accelerate_configs" / f"{engine}.yaml"]
+    command += ["--num_processes", processes, "--main_process_port", "0", script, "check", recipe, *overrides]
+    env = {"OMP_NUM_THREADS": "1", "CLM_DIST_ACCUMULATION": "3"}
+    return execute([*map(str, command)], env=env | ({"CLM_DIST_BREAK": broken} if broken else {}))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_launches_that_keep_their_promises(recipe, engine):
+    done = check(recipe, engine)
+    assert done.code == 0, done.err
+    assert "all promises kept over 3 steps" in done.out and "DIFFERS" not in done.out
+    assert not (recipe.parent / "run").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.slow
+def test_low_precision_too(recipe, engine, precision):
+    done = check(recipe, engine, f"train.mixed_precision={precision}", "train.activation_checkpointing=true")
+    assert done.code == 0 and "all promises kept" in done.out, done.out + done.err
+
+
+def test_one_process_without_a_launcher(recipe):
+    done = run_command("check", recipe)
+    assert done.code == 0 and "one process" in done.out, done.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+@pytest.mark.parametrize("broken", BROKEN)
+def test_broken_promises_are_named(recipe, engine, broken):
+    done = check(recipe, engine, broken=broken)
+    assert done.code != 0, done.out
+    assert f"broken: {BROKEN[broken]} (step" in done.err, done.out + done.err
