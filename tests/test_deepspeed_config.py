@@ -49,8 +49,8 @@ BAD = {
     ),
     "gathering": (
         stage(3, **{GATHER: False}),
-        f"zero_optimization.{GATHER}=false would keep Accelerate's get_state_dict from handing out whole weights, but an "
-        'export needs them; write "auto" or true',
+        f"zero_optimization.{GATHER}=false, but exports hold whole weights, which are gathered one parameter at a time; "
+        'write "auto" or true',
     ),
     "bucket of 0": (
         stage(2, reduce_bucket_size=0),

@@ -69,7 +69,7 @@ def test_deepspeed_files_hold_choices_of_zero_and_leave_every_number_of_the_reci
         "fp16": {"enabled": "auto"},
     }
     assert path.stem.startswith(f"zero{zero['stage']}")
-    assert f"`{path.name}`" in (ROOT / "docs" / "deepspeed.md").read_text()
+    assert f"`{path.name}`" in (ROOT / "docs" / "sharding.md").read_text()
 
 
 def test_local_sh_says_how_to_use_it():

@@ -209,8 +209,8 @@ def of_the_stage(sound: dict[str, Any]) -> Iterator[str]:
         )
     if zero.get("stage3_gather_16bit_weights_on_model_save") is False and stage == 3:
         yield (
-            f"{ZERO}.stage3_gather_16bit_weights_on_model_save=false would keep Accelerate's get_state_dict from handing "
-            'out whole weights, but an export needs them; write "auto" or true'
+            f"{ZERO}.stage3_gather_16bit_weights_on_model_save=false, but exports hold whole weights, which are gathered "
+            'one parameter at a time; write "auto" or true'
         )
 
 
