@@ -27,6 +27,7 @@ def apply(name: str | None) -> None:
             "clipped_at_one": clipped_at_one,
             "always_a_boundary": always_a_boundary,
             "get_state_dict": get_state_dict,
+            "gathered_at_once": gathered_at_once,
         }[name]()
 
 
@@ -150,5 +151,18 @@ def get_state_dict() -> None:
         held = self.accelerator.get_state_dict(self.model)
         for name in self.plain.state_dict():
             yield name, held[name] if self.accelerator.is_main_process else None
+
+    Zero.full_weights = full_weights
+
+
+def gathered_at_once() -> None:
+    """`GatheredParameters(model.parameters())` around a `state_dict()`: every rank holds the whole model."""
+
+    def full_weights(self):
+        from deepspeed import zero
+
+        with zero.GatheredParameters(list(self.plain.parameters())):
+            for name, tensor in self.plain.state_dict().items():
+                yield name, tensor.clone() if self.accelerator.is_main_process else None
 
     Zero.full_weights = full_weights
