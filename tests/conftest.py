@@ -52,23 +52,29 @@ def run_command(
     return execute(command, cwd=cwd, env=env, timeout=timeout)
 
 
-def launch(processes: int, *arguments: str | Path, script: Path | None = None, env: dict[str, str] | None = None):
-    """The same through `accelerate launch` with so many processes (none of it for one): the users' own way.
+def launch(
+    processes: int,
+    *arguments: str | Path,
+    script: Path | None = None,
+    env: dict[str, str] | None = None,
+    config: str = "ddp",
+):
+    """The same through `accelerate launch` with so many processes: the users' own way. config: of accelerate_configs/.
 
     `script` runs instead of `-m clm_dist`. OMP_NUM_THREADS=1 everywhere, since the sums inside a matrix product
     depend on the number of threads.
     """
     program = [str(script)] if script else ["-m", "clm_dist"]
     env = {"OMP_NUM_THREADS": "1", **(env or {})}
-    return execute(launch_command(processes, [*program, *map(str, arguments)]), env=env)
+    return execute(launch_command(processes, [*program, *map(str, arguments)], config), env=env)
 
 
-def launch_command(processes: int, program: list[str]) -> list[str]:
-    """What starts a program with so many processes."""
-    if processes == 1:
+def launch_command(processes: int, program: list[str], config: str = "ddp") -> list[str]:
+    """What starts a program with so many processes: no launcher where there is one, and nothing to share."""
+    if processes == 1 and config == "ddp":
         return [sys.executable, *program]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    launcher += [str(ROOT / "accelerate_configs" / "ddp.yaml"), "--num_processes", str(processes)]
+    launcher += [str(ROOT / "accelerate_configs" / f"{config}.yaml"), "--num_processes", str(processes)]
     return [*launcher, "--main_process_port", "0", *program]
 
 

@@ -2,6 +2,7 @@
 
     python tests/distributed/crash.py --kills 25 --folder /tmp/crash
     python tests/distributed/crash.py --kills 8 --processes 3 --signals TERM USR1 KILL
+    python tests/distributed/crash.py --config zero3 --folder /tmp/crash
 
 A tiny GPT-2 with dropout, in fp32, through `accelerate launch`. Moments are random: in start-up, between steps, in
 evaluations, and as soon as a save begins. Ends with 0 only if weights, metrics and ledger are the same to the last bit.
@@ -47,11 +48,20 @@ def prepare(folder: Path, steps: int, **train) -> Path:
 class Start:
     """One start of a run."""
 
-    def __init__(self, recipe: Path, run: Path, processes: int, env: dict[str, str] | None = None, script=None):
+    def __init__(
+        self,
+        recipe: Path,
+        run: Path,
+        processes: int,
+        env: dict[str, str] | None = None,
+        script: Path | None = None,
+        config: str = "ddp",
+        settings: tuple[str, ...] = (),
+    ):
         self.run, self.outcome = run, run.with_name(f"{run.name}.outcome")
         self.outcome.unlink(missing_ok=True)
         program = [str(script)] if script else ["-m", "clm_dist"]
-        command = launch_command(processes, [*program, "train", str(recipe), f"run_dir={run}"])
+        command = launch_command(processes, [*program, "train", str(recipe), f"run_dir={run}", *settings], config)
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
@@ -160,21 +170,23 @@ def _last_step(run: Path) -> dict:
     return [row for row in read_rows(run / "ledger.jsonl") if row["event"] == "step"][-1]
 
 
-def crash_test(folder: Path, kills: int, processes: int, steps: int, signals: list[str], seed: int) -> list[str]:
-    """The whole of it; returns what went wrong."""
+def crash_test(
+    folder: Path, kills: int, processes: int, steps: int, signals: list[str], seed: int, config: str = "ddp"
+) -> list[str]:
+    """The whole of it; returns what went wrong. config: of accelerate_configs/."""
     random.seed(seed)
     recipe = prepare(folder, steps)
-    reference = Start(recipe, folder / "reference", processes)
+    reference = Start(recipe, folder / "reference", processes, config=config)
     if reference.wait(600) != 0:
         return [f"the reference failed: {reference.log.read_text()[-2000:]}"]
     problems: list[str] = []
     for count in range(kills):
-        start = Start(recipe, folder / "run", processes)
+        start = Start(recipe, folder / "run", processes, config=config)
         name, target = random.choice(signals), random.choice(["tree", "rank", "launcher"])
         moment = kill_once(start, getattr(signal, f"SIG{name}"), target)
         newest = max((path.name for path in (folder / "run" / "checkpoints").glob("step-*")), default="no checkpoint")
         print(f"{count + 1:>3}: SIG{name} to {target} in {moment}; {newest}", flush=True)
-    last = Start(recipe, folder / "run", processes)
+    last = Start(recipe, folder / "run", processes, config=config)
     if last.wait(600) != 0:
         return [f"the last start failed: {last.log.read_text()[-3000:]}"]
     starts = sum(row["event"] == "start" for row in read_rows(folder / "run" / "ledger.jsonl"))
@@ -185,6 +197,7 @@ def crash_test(folder: Path, kills: int, processes: int, steps: int, signals: li
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--config", default="ddp", help="a file of accelerate_configs/, without .yaml")
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=400)
@@ -193,6 +206,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     options.folder.mkdir(parents=True)
-    found = crash_test(options.folder, options.kills, options.processes, options.steps, options.signals, options.seed)
+    values = (options.kills, options.processes, options.steps, options.signals, options.seed, options.config)
+    found = crash_test(options.folder, *values)
     print("\n".join(found) if found else "the same to the last bit", flush=True)
     sys.exit(bool(found))

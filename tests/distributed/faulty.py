@@ -3,6 +3,7 @@
 CLM_DIST_FAULT=PLACE:ACTION[:RANK[:TIMES]] does ACTION whenever rank RANK (default: all) comes to PLACE, after so many times
 (default 0). Places: preparing, data, micro-step, evaluation, saving, exporting. Actions: pause (half a second, after
 touching CLM_DIST_MARKER), raise, hang, stop (SIGSTOP), kill, nan (a loss that is none), flip (a bit of a weight).
+CLM_DIST_NOTES=FOLDER gets a file per rank of its own hashes of what was consumed, a line a step.
 """
 
 import os
@@ -21,6 +22,7 @@ from clm_dist.checkpoint import tensors
 from clm_dist.cli import main
 from clm_dist.engine.replicated import Replicated
 from clm_dist.training.agreement import Agreement
+from clm_dist.training.logbook import Logbook
 
 PLACE, ACTION, RANK, TIMES, *_ = [*os.environ.get("CLM_DIST_FAULT", "none:none").split(":"), "", ""]
 seen = {}
@@ -104,6 +106,20 @@ def flipping(original):
     return make_optimizer
 
 
+def noted(original):
+    """Each rank writes down its own hash of what was consumed."""
+
+    def step(self, state, start, update):
+        consumed = original(self, state, start, update)
+        with Path(os.environ["CLM_DIST_NOTES"], f"rank-{os.environ.get('RANK', '0')}").open("a") as file:
+            file.write(f"{state.step} {update} {consumed}\n")
+        return consumed
+
+    return step
+
+
+if "CLM_DIST_NOTES" in os.environ:
+    Logbook.step = noted(Logbook.step)
 before(training, "build_model", "preparing")
 before(evaluating, "_sums", "evaluation")
 before(tensors, "save", "saving")

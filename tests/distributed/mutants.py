@@ -9,6 +9,7 @@ import clm_dist.training.observer as observing
 import clm_dist.training.train as training
 from clm_dist.data.order import micro_batches
 from clm_dist.engine.replicated import Replicated
+from clm_dist.engine.zero import Zero
 from clm_dist.training.batches import Batches
 from clm_dist.training.evaluate import Evaluation
 
@@ -22,6 +23,11 @@ def apply(name: str | None) -> None:
             "window_count": window_count,
             "per_rank_mean": per_rank_mean,
             "tokens_by_rank": tokens_by_rank,
+            "divided_twice": divided_twice,
+            "clipped_at_one": clipped_at_one,
+            "always_a_boundary": always_a_boundary,
+            "get_state_dict": get_state_dict,
+            "gathered_at_once": gathered_at_once,
         }[name]()
 
 
@@ -114,3 +120,49 @@ def tokens_by_rank() -> None:
         return original(self, mine) * state.num_processes
 
     Batches.count = count
+
+
+def divided_twice() -> None:
+    """DeepSpeed's own backward, which divides by the accumulation steps a loss that is divided already."""
+    Zero.backward = lambda self, loss: self.model.backward(loss)
+
+
+def clipped_at_one() -> None:
+    """`"gradient_clipping": "auto"` left to Accelerate: 1.0, whatever `clip_grad_norm_` is told."""
+    original = training.check_live
+
+    def check_live(wanted, engine, config):
+        original(wanted, engine, config)  # which would have refused it
+        engine.zero.clip_grad = 1.0
+
+    training.check_live = check_live
+
+
+def always_a_boundary() -> None:
+    """Every micro-step is the last of its step: Accelerate's wrapper where nobody calls `accumulate`."""
+    original = Zero.micro_step
+    Zero.micro_step = lambda self, last: original(self, True)
+
+
+def get_state_dict() -> None:
+    """`accelerator.get_state_dict(model)`: the whole model at once."""
+
+    def full_weights(self):
+        held = self.accelerator.get_state_dict(self.model)
+        for name in self.plain.state_dict():
+            yield name, held[name] if self.accelerator.is_main_process else None
+
+    Zero.full_weights = full_weights
+
+
+def gathered_at_once() -> None:
+    """`GatheredParameters(model.parameters())` around a `state_dict()`: every rank holds the whole model."""
+
+    def full_weights(self):
+        from deepspeed import zero
+
+        with zero.GatheredParameters(list(self.plain.parameters())):
+            for name, tensor in self.plain.state_dict().items():
+                yield name, tensor.clone() if self.accelerator.is_main_process else None
+
+    Zero.full_weights = full_weights

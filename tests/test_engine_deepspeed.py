@@ -1,0 +1,117 @@
+"""The C++ extension that DeepSpeed builds at first use: locks of builds that were killed. And exports that are read back."""
+
+import fcntl
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from clm_dist.engine import deepspeed as ours
+from clm_dist.errors import RunError
+from clm_dist.publish.export import check_written
+
+pytest.importorskip("deepspeed")
+
+# holds the guard until it is told to end, as a process that builds does
+BUILDS = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); input()"
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """How often the extension was asked for; nothing is compiled."""
+    asked = []
+    builder = SimpleNamespace(load=lambda verbose: asked.append(verbose))
+    accelerator = SimpleNamespace(create_op_builder=lambda name: builder)
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: accelerator)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    return asked
+
+
+@pytest.fixture
+def own(monkeypatch, tmp_path):
+    """Our own folder of extensions, in which a build that was killed left its lock."""
+    monkeypatch.setenv(ours.EXTENSIONS, "")  # put back afterwards, whatever is set meanwhile
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = ours.extensions_folder()
+    assert folder.is_relative_to(tmp_path / "clm-dist")
+    return folder, left_lock(folder)
+
+
+def left_lock(folder):
+    (folder / "deepspeed_shm_comm").mkdir(parents=True)
+    lock = folder / "deepspeed_shm_comm" / "lock"
+    lock.touch()
+    return lock
+
+
+def test_locks_are_found_one_and_two_folders_down(tmp_path):
+    lock = left_lock(tmp_path / "py311_cpu")
+    assert ours.stale_locks(tmp_path) == ours.stale_locks(tmp_path / "py311_cpu") == [lock]
+
+
+def test_a_lock_in_a_folder_of_the_users_is_named_and_stays(tmp_path, monkeypatch, built):
+    lock = left_lock(tmp_path)
+    monkeypatch.setenv(ours.EXTENSIONS, str(tmp_path))
+    with pytest.raises(RunError) as caught:
+        ours.build_extension()
+    assert str(caught.value).startswith(f"{lock} was left by a build that ended")
+    assert f"unset {ours.EXTENSIONS}" in str(caught.value)
+    assert lock.exists() and built == []
+
+
+def test_a_lock_in_our_own_folder_is_removed_and_said(own, capsys, built):
+    _, lock = own
+    ours.build_extension()
+    assert capsys.readouterr().out == f"removed {lock}, which a build that was killed left behind\n"
+    assert not lock.exists() and built == [False]
+
+
+def test_a_build_that_lives_is_waited_for(own, monkeypatch, built):
+    """Its lock is torch's own, and no stale one: nothing is looked at before the guard is free."""
+    folder, lock = own
+    command = [sys.executable, "-c", BUILDS, str(folder / ".clm-dist.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        original, waited = fcntl.flock, []
+
+        def flock(file, how):
+            with pytest.raises(BlockingIOError):
+                original(file, how | fcntl.LOCK_NB)
+            assert lock.exists() and built == []
+            waited.append(how)
+            lock.unlink()  # the build ends well, and its process with it
+            other.stdin.close()
+            original(file, how)
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        ours.build_extension()
+    assert waited == [fcntl.LOCK_EX] and built == [False]
+
+
+WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b": torch.full((2,), float("nan"))}
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({**WEIGHTS, "a": torch.zeros(0)}, r"a \(0,\) torch.float32 is not the live \(2, 3\)"),
+        ({"a": WEIGHTS["a"]}, r"lacks b \(and 0 more\)"),
+        ({**WEIGHTS, "a": WEIGHTS["a"] + 1e-6}, "a .* is not the live"),
+        ({**WEIGHTS, "a": WEIGHTS["a"].bfloat16()}, "a .* torch.bfloat16 is not the live .* torch.float32"),
+        ({**WEIGHTS, "c": torch.ones(1)}, "holds c, which the model has not"),
+    ],
+    ids=["empty", "missing", "changed", "another type", "extra"],
+)
+def test_an_export_that_is_not_the_live_model_is_named(tmp_path, written, message):
+    save_file(written, tmp_path / "model.safetensors")
+    with pytest.raises(RunError, match=message):
+        check_written(tmp_path, WEIGHTS)
+
+
+def test_an_export_of_the_live_bits_passes(tmp_path):
+    """NaN is equal to itself; of tied weights one is enough."""
+    save_file(WEIGHTS, tmp_path / "model.safetensors")
+    check_written(tmp_path, {**WEIGHTS, "tied": WEIGHTS["a"]})
