@@ -55,5 +55,11 @@ def recipe_of(case, global_batch_size):
     from clm_dist import recipe
 
     train = {"max_steps": 1, "global_batch_size": global_batch_size, "mixed_precision": case["mixed_precision"]}
-    data = {"source": "none.jsonl", "prepared_dir": "none", "tokenizer_vocab_size": 300, "eval_fraction": 0, "block_size": 8}
+    data = {
+        "source": "none.jsonl",
+        "prepared_dir": "none",
+        "tokenizer_vocab_size": 300,
+        "eval_fraction": 0,
+        "block_size": 8,
+    }
     return recipe.build({"run_dir": "none", "data": data, "model": {"type": case["architecture"]}, "train": train})

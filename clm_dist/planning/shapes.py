@@ -88,6 +88,12 @@ def shapes_of(model: Any) -> Shapes:
     )
 
 
+def hidden_size(model_configuration: Any) -> int | None:
+    """The width of a model, by its configuration; None where it tells none or several."""
+    size = getattr(model_configuration.get_text_config(), "hidden_size", None)
+    return size if isinstance(size, int) else None
+
+
 def _blocks(model: Any) -> list[int]:
     """Parameters of each layer, by the names that a transformers model has for them."""
     names = set(getattr(model, "_no_split_modules", None) or ())

@@ -27,9 +27,10 @@ from clm_dist.engine.make import make_engine
 from clm_dist.model.loss import next_token_nll
 from clm_dist.planning.deepspeed_config import resolve
 from clm_dist.planning.deepspeed_launch import read
+from clm_dist.planning.shapes import hidden_size
 from clm_dist.training.optimizer import make_optimizer
 from clm_dist.training.runtime import start
-from clm_dist.training.sharding import Sharding, check_live, hidden_size
+from clm_dist.training.sharding import Sharding, check_live
 
 ROOT = Path(__file__).parents[2]
 ROWS, TOKENS, MICRO_STEPS = 2, 8, 2
