@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import recipe_values, write_recipe
+from conftest import ROOT, recipe_values, write_recipe
 from tiny_models import TINY
 
 from clm_dist.cli import main
@@ -22,7 +22,7 @@ def test_a_table_before_anything_is_prepared(recipe, capsys):
     assert main(["plan", recipe, *ROOM]) == 0
     out = capsys.readouterr().out
     for needle in (
-        "gpt2: 37,120 parameters, fp32, blocks of 16 tokens, 12 sequences = 192 tokens per step",
+        "gpt2: 37,120 parameters, bf16, blocks of 16 tokens, 12 sequences = 192 tokens per step",
         "2 GPUs of 24 GiB; 21.6 GiB of each can be planned with",
         "steps and tokens per epoch are not known: nothing is prepared in",
         "recommended: ddp, micro-batch 6, 1 micro-steps per step",
@@ -31,9 +31,9 @@ def test_a_table_before_anything_is_prepared(recipe, capsys):
         "train.micro_batch_size=6",
     ):
         assert needle in out, out
-    assert [line.split()[0] for line in out.splitlines() if line[:4] in ("ddp ", "zero")] == [
+    assert [line.split()[0] for line in out.splitlines() if line[:4] in ("ddp ", "zero", "fsdp")] == [
         *("ddp", "ddp", "zero1", "zero1", "zero2", "zero2", "zero3", "zero3"),
-        *("zero2_offload", "zero2_offload", "zero3_offload", "zero3_offload"),
+        *("fsdp2", "fsdp2", "zero2_offload", "zero2_offload", "zero3_offload", "zero3_offload"),
     ]
 
 
@@ -75,12 +75,36 @@ def test_nothing_fits(recipe, capsys):
     assert "nothing fits: " in out and "take more or larger GPUs" in out and "accelerate launch" not in out
 
 
+def test_buckets_are_those_of_ds_configs(recipe, capsys, monkeypatch, tmp_path):
+    """Width 32: a bucket of 32 x 32 elements where the files are, DeepSpeed's half a billion where they are not."""
+    zero1 = {}
+    for folder in (ROOT, tmp_path):
+        monkeypatch.chdir(folder)
+        assert main(["plan", recipe, *ROOM, "--json"]) == 0
+        outlook = json.loads(capsys.readouterr().out)
+        zero1[folder] = (
+            next(row for row in outlook["rows"] if row["strategy"] == "zero1")["buffers"],
+            outlook["buckets_note"],
+        )
+    largest = 300 * 32  # the embedding, flattened and then in fp32
+    assert zero1[ROOT] == (2 * 32 * 32 + (2 + 4) * largest, "")
+    assert zero1[tmp_path][0] == (2 + 2 + 4) * 500_000_000
+    assert zero1[tmp_path][1].startswith(
+        "buckets are of DeepSpeed's own sizes, for want of accelerate_configs/zero1.yaml"
+    )
+
+
+def test_a_recipe_that_checkpoints_is_told_not_to_where_it_need_not(recipe, capsys):
+    assert main(["plan", recipe, *ROOM, "train.activation_checkpointing=true"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("train.micro_batch_size=6 train.activation_checkpointing=false")
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_other_architectures(recipe, name, capsys):
     settings = [f"model.config.{key}={json.dumps(value)}" for key, value in TINY[name].items() if key != "vocab_size"]
     assert main(["plan", recipe, *ROOM, f"model.type={name}", "model.config={}", *settings, "--json"]) == 0
     outlook = json.loads(capsys.readouterr().out)
-    assert outlook["by_formula"] == "" and len(outlook["rows"]) == 12
+    assert outlook["by_formula"] == "" and len(outlook["rows"]) == 14
 
 
 def test_a_model_that_cannot_be_traced_is_by_formula(recipe, capsys, monkeypatch):

@@ -1,5 +1,7 @@
 """Bytes of a model's state, by hand. That the live tensors have them is in tests/distributed/test_plan_live.py."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ from clm_dist.planning.memory import (
 )
 from clm_dist.planning.shapes import Shapes, shapes
 
-DDP, ZERO1, ZERO2, ZERO3, ZERO2_OFFLOAD, ZERO3_OFFLOAD = STRATEGIES
+DDP, ZERO1, ZERO2, ZERO3, FSDP2, ZERO2_OFFLOAD, ZERO3_OFFLOAD = STRATEGIES
 # a model of 12 parameters: matrices of 5 and 4 elements, a bias of 3
 SMALL = Shapes(matrices=(5, 4), vectors=(3,), frozen=(), buffer_bytes=0, lookup=0, layers=1, width=2)
 
@@ -51,9 +53,11 @@ def test_while_accumulating_stage_1_keeps_all_gradients_and_stage_2_its_own():
     assert model_state(SMALL, ZERO2, 2, False, rank=1, accumulating=True).gradients == 4 * (4 + 3)
 
 
-def test_bf16_halves_parameters_and_sums_gradients_in_fp32():
+def test_bf16_halves_parameters_and_of_stage_1_gradients_too():
     states = 12 * 8 + 2 * 4
-    assert model_state(SMALL, ZERO1, 2, True) == ModelState(2 * 16, 4 * 16 + 2 * 12, states)
+    assert model_state(SMALL, ZERO1, 2, True) == ModelState(2 * 16, 2 * 12, states)
+    assert model_state(SMALL, ZERO1, 2, True, rank=1) == ModelState(2 * 16, 2 * (4 + 3 + 3 + 1), states)
+    assert model_state(SMALL, ZERO1, 2, True, rank=1, accumulating=True).gradients == 2 * 12
     assert model_state(SMALL, ZERO2, 2, True) == ModelState(2 * 16, 4 * 8, states)
 
 
@@ -69,6 +73,16 @@ def test_stage_3_updates_large_groups_in_pieces():
     settings = ZeroSettings(stage3_param_persistence_threshold=0, sub_group_size=3)
     # the matrices' parts are 3 and 2: a piece each; the bias's 2: one
     assert model_state(SMALL, ZERO3, 2, True, zero=settings).optimizer_states == 12 * 7 + 3 * 4
+
+
+def test_fsdp2_cuts_rows_and_keeps_everything_in_fp32():
+    # 5 x 1, 2 x 2 and 3: of two ranks the first has 3, 1 and 2 rows, the second 2, 1 and 1, with room for as many
+    small = replace(SMALL, rows=(5, 2, 3))
+    assert model_state(small, FSDP2, 2, True) == ModelState(4 * 7, 4 * 7, 8 * 7 + 3 * 4)
+    assert model_state(small, FSDP2, 2, True, rank=1) == ModelState(4 * 7, 4 * 7, 8 * 5 + 3 * 4)
+    assert model_state(small, FSDP2, 2, True, accumulating=True).gradients == 4 * 12  # whole until they are exchanged
+    # of three ranks the last has 1, 0 and 1
+    assert model_state(small, FSDP2, 3, True, rank=2) == ModelState(4 * (2 + 2 + 1), 4 * 5, 8 * 2 + 3 * 4)
 
 
 def test_frozen_parameters_have_no_gradient_and_no_state():
@@ -90,11 +104,15 @@ def test_offload_moves_states_and_gradients_to_the_cpu():
 def test_buffers():
     settings = ZeroSettings(reduce_bucket_size=100, stage3_prefetch_bucket_size=1, stage3_max_live_parameters=7)
     assert buffers(SMALL, DDP, True, settings) == 0
-    assert buffers(SMALL, ZERO1, True, settings) == 2 * 12  # no more than there are gradients
-    assert buffers(SMALL, ZERO1, False, settings) == 2 * 4 * 100
-    assert buffers(SMALL, ZERO2, True, settings) == 2 * 2 * 100
-    assert buffers(SMALL, ZERO3, True, settings) == 2 * 2 * 100 + 2 * (7 + 1)
-    assert buffers(SMALL, ZERO2_OFFLOAD, True, settings) == 2 * 2 * 100 + 2 * 5
+    assert buffers(SMALL, ZERO1, False, settings) == (4 + 4) * 100  # a bucket and its copy
+    assert buffers(SMALL, ZERO1, True, settings) == (2 + 2 + 4) * 100  # and that in fp32
+    assert buffers(SMALL, ZERO2, True, settings) == (2 + 2 + 4) * 100
+    assert buffers(SMALL, ZERO2, True, replace(settings, overlap_comm=True)) == (2 * 2 + 2 + 4) * 100
+    assert buffers(SMALL, ZERO2, True, replace(settings, reduce_bucket_size=3)) == 2 * 3 + (2 + 4) * 5
+    assert buffers(SMALL, ZERO3, True, settings) == 3 * 4 * 100 + 2 * (7 + 1)
+    assert buffers(SMALL, ZERO2_OFFLOAD, True, settings) == (2 + 2 + 4) * 100 + 2 * 5
+    # FSDP2: what is in no layer, three layers; whole gradients of one, in fp32 too
+    assert buffers(replace(SMALL, largest_block=6, outside=3), FSDP2, True) == 2 * (3 + 3 * 6) + (2 + 4) * 6
 
 
 def test_a_line():
@@ -124,6 +142,10 @@ def test_shapes_of_gpt2():
     # 12 layers of 4 matrices and two embeddings; 8 biases and norms a layer and the last norm's 2
     assert (len(found.matrices), len(found.vectors)) == (12 * 4 + 2, 12 * 8 + 2)
     assert (found.lookup, found.layers, found.width) == (0, 12, 768)
+    # a layer of 12 h^2 + 13 h; besides two embeddings and the last norm
+    assert found.largest_block == 12 * 768**2 + 13 * 768
+    assert found.outside == (50257 + 1024 + 2) * 768
+    assert found.rows[:3] == (50257, 1024, 768) and len(found.rows) == 12 * 12 + 4
 
 
 @pytest.mark.parametrize("name", TINY)

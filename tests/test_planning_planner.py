@@ -6,15 +6,25 @@ import pytest
 
 from clm_dist.errors import ConfigError
 from clm_dist.planning.communication import bytes_sent
-from clm_dist.planning.estimate import flops_per_token, seconds_per_step
+from clm_dist.planning.estimate import cost_seconds, flops_per_token, seconds_per_step
 from clm_dist.planning.memory import STRATEGIES, Activations, Envelope, Line, ZeroSettings
 from clm_dist.planning.plan import check_cluster, command_for
 from clm_dist.planning.planner import GIB, MOST, Cluster, Task, largest, recommend, rows
 from clm_dist.planning.shapes import Shapes
 
-DDP, ZERO1, ZERO2, ZERO3, *_ = STRATEGIES
+DDP, ZERO1, ZERO2, ZERO3, FSDP2, *_ = STRATEGIES
 SMALL = Shapes(matrices=(60, 36), vectors=(4,), frozen=(), buffer_bytes=0, lookup=20, layers=2, width=3)  # 100
-BILLION = Shapes(matrices=(GIB,), vectors=(), frozen=(), buffer_bytes=0, lookup=0, layers=1, width=1)
+# 2^30 parameters in 64 tensors
+BILLION = Shapes(
+    matrices=(GIB // 64,) * 64,
+    vectors=(),
+    frozen=(),
+    buffer_bytes=0,
+    lookup=0,
+    layers=1,
+    width=1,
+    rows=(GIB // 64,) * 64,
+)
 NO_MEMORY = Activations(Line(0, 0), Envelope((Line(0, 0),)), counted=True)
 
 
@@ -27,11 +37,14 @@ def test_largest():
     [
         (DDP, False, 1, 2 * 400 // 2),  # 100 fp32 gradients summed and given back, half of them over the wire of each
         (DDP, True, 8, 2 * 400 // 2),  # fp32 all the same, and once a step
-        (ZERO1, True, 8, 2 * 200 // 2),  # as much, in 16 bits
-        (ZERO2, True, 1, 2 * 200 // 2),
-        (ZERO2, True, 8, 9 * 200 // 2),  # gradients in every micro-step, parameters once
-        (ZERO3, True, 1, 3 * 200 // 2),  # half as much again: the paper's 3 psi
-        (ZERO3, True, 8, 24 * 200 // 2),
+        (ZERO1, False, 8, (2 * 400 + 400) // 2),  # and the updated parameters gathered
+        (ZERO1, True, 8, (2 * 400 + 200) // 2),  # these in 16 bits, gradients in fp32
+        (ZERO2, True, 1, (2 * 400 + 200) // 2),
+        (ZERO2, True, 8, (8 * 2 * 400 + 200) // 2),  # gradients in every micro-step, parameters once
+        (ZERO3, False, 1, 3 * 400 // 2),  # the paper's 3 psi
+        (ZERO3, True, 1, (2 * 200 + 400) // 2),
+        (ZERO3, True, 8, 8 * (2 * 200 + 400) // 2),
+        (FSDP2, True, 8, (8 * 2 * 200 + 400) // 2),  # gradients once
     ],
 )
 def test_bytes_sent_by_one_of_two(strategy, mixed, micro_steps, expected):
@@ -74,25 +87,54 @@ def test_ddp_where_it_fits():
     assert best.total == 28 * GIB + 4  # and Adam's count of updates
 
 
+def test_the_cost_of_a_step_by_stated_speeds():
+    # 4 micro-steps of 0.3 x 10^12 operations at 150 a second, and 30 of 10^9 bytes at 150
+    assert cost_seconds(3 * 10**11, 10**6, 4, 30 * 10**9, nodes=1) == pytest.approx(4 * 0.002 + 0.2)
+    assert cost_seconds(3 * 10**11, 10**6, 4, 30 * 10**9, nodes=2) == pytest.approx(4 * 0.002 + 2.4)
+    assert cost_seconds(3 * 10**11, 10**6, 4, 0, nodes=1, tflops=300) == pytest.approx(4 * 0.001)
+    # few tokens: 10^10 bytes of weights are read three times at 10^12 a second
+    assert cost_seconds(3 * 10**11, 10**10, 4, 0, nodes=1) == pytest.approx(4 * 0.03)
+
+
+def row(strategy, cost, fits=True, sums_in_16_bits=False):
+    made = rows(task(40), memory_of(1, 1))[0]
+    return replace(made, strategy=strategy, cost_seconds=cost, fits=fits, sums_in_16_bits=sums_in_16_bits)
+
+
 @pytest.mark.parametrize(
-    ("memory_gib", "kept_gib", "checkpointed_gib", "expected"),
+    ("found", "expected"),
     [
-        # 17 GiB leave 15.04: not DDP's 16, but stage 1's 4 + 4 + 6 and 1
-        (17, 1, 0.1, ("zero1", False)),
-        # stage 3's 2 + 2 + 6 and 4
-        (17, 4, 0.1, ("zero3", False)),
-        # 10 + 8 are too many for any, and layers are computed again before the CPU's memory is taken
-        (17, 8, 0.1, ("zero1", True)),
-        # 10 + 6 too: on the GPU stay a tensor of 4 on its way to the CPU and 8, or with stage 2 the parameters' 4 besides
-        (17, 8, 6, ("zero3_offload", False)),
-        (17, 30, 6, ("zero2_offload", True)),
+        ([row("ddp", 1, fits=False), row("zero2", 3), row("zero3", 2), row("fsdp2", 4)], "zero3"),
+        ([row("ddp", 2), row("zero3", 2)], "ddp"),  # the least sharing of equals
+        ([row("zero1", 1, sums_in_16_bits=True), row("zero3", 2)], "zero3"),  # coarse sums are passed over
+        ([row("zero1", 1), row("zero3", 2)], "zero1"),  # in one micro-step, or fp32, there are none
+        ([row("zero1", 1, sums_in_16_bits=True), row("zero2_offload", 0.5)], "zero1"),  # but not for offload
+        ([row("zero3", 9), row("zero2_offload", 1)], "zero3"),
+        ([row("zero3", 9, fits=False), row("zero2_offload", 1)], "zero2_offload"),
+        ([row("zero3", 9, fits=False)], None),
     ],
 )
-def test_sharing_before_checkpointing_before_offload(memory_gib, kept_gib, checkpointed_gib, expected):
-    small_buckets = ZeroSettings(reduce_bucket_size=1000, stage3_max_live_parameters=0, stage3_prefetch_bucket_size=0)
-    given = replace(task(memory_gib), zero=small_buckets)
-    best = recommend(rows(given, memory_of(kept_gib, checkpointed_gib)))
-    assert (best.strategy, best.activation_checkpointing) == expected
+def test_the_least_cost_is_recommended(found, expected):
+    best = recommend(found)
+    assert (best.strategy if best else None) == expected
+
+
+def test_stage_1_in_16_bits_adds_up_in_16_bits():
+    given = replace(task(60), mixed=True)
+    memory = {("bf16", False): NO_MEMORY, ("autocast", False): NO_MEMORY}
+    assert not any(row.sums_in_16_bits for row in rows(given, memory))  # one micro-step
+    short = {key: Activations(Line(0, 6 * GIB), Envelope((Line(0, 6 * GIB),)), True) for key in memory}
+    assert [row.strategy for row in rows(given, short) if row.sums_in_16_bits] == ["zero1"]
+
+
+def test_a_single_micro_step_leaves_no_gradients_waiting():
+    """FSDP2's whole gradients, 4 GiB, are there only between micro-steps."""
+    several, one = rows(task(23), memory_of(2, 1))[8], rows(task(23), memory_of(1, 1))[8]
+    assert several.strategy == one.strategy == "fsdp2"
+    # (23 - 1) x 0.94 = 20.68; 2 + 4 + 4 and 5 of 2 GiB, of which 4 divide 8
+    assert (several.largest_micro_batch_size, several.micro_batch_size, several.gradients) == (5, 4, 4 * GIB)
+    # 2 + 2 + 4 and 12 of 1 GiB
+    assert (one.largest_micro_batch_size, one.micro_batch_size, one.gradients) == (12, 8, 2 * GIB)
 
 
 def test_nothing_is_recommended_where_nothing_fits():

@@ -48,3 +48,18 @@ def tiny_configuration(name):
 
     given = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0} | TINY[name]
     return CONFIG_MAPPING[name](**given)
+
+
+def recipe_of(case, global_batch_size):
+    """The recipe of a case: an architecture of TINY in a precision."""
+    from clm_dist import recipe
+
+    train = {"max_steps": 1, "global_batch_size": global_batch_size, "mixed_precision": case["mixed_precision"]}
+    data = {
+        "source": "none.jsonl",
+        "prepared_dir": "none",
+        "tokenizer_vocab_size": 300,
+        "eval_fraction": 0,
+        "block_size": 8,
+    }
+    return recipe.build({"run_dir": "none", "data": data, "model": {"type": case["architecture"]}, "train": train})

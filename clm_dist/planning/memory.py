@@ -28,6 +28,12 @@ class Strategy:
     stage: int  # of ZeRO; 0: DDP, nothing is shared
     offload_optimizer: bool = False  # states and gradients in the memory of the CPU
     offload_parameters: bool = False  # stage 3: the parts of the parameters too
+    by_torch: bool = False  # FSDP2 and not DeepSpeed
+
+    @property
+    def by_deepspeed(self) -> bool:
+        """Whether DeepSpeed does it, which keeps 16-bit weights and an fp32 copy of the rank's part."""
+        return self.stage > 0 and not self.by_torch
 
 
 # from the least sharing to the most, which is from the least communication to the most
@@ -36,6 +42,7 @@ STRATEGIES = (
     Strategy("zero1", 1),
     Strategy("zero2", 2),
     Strategy("zero3", 3),
+    Strategy("fsdp2", 3, by_torch=True),
     Strategy("zero2_offload", 2, offload_optimizer=True),
     Strategy("zero3_offload", 3, offload_optimizer=True, offload_parameters=True),
 )
@@ -43,10 +50,11 @@ STRATEGIES = (
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """The fields of DeepSpeed's `zero_optimization` that cost memory, with DeepSpeed's own defaults; in elements."""
+    """The fields of DeepSpeed's `zero_optimization` that cost memory, in elements. The defaults are DeepSpeed's own, which
+    hold where a file of ds_configs/ says nothing."""
 
     reduce_bucket_size: int = 500_000_000
-    overlap_comm: bool = True  # a second bucket, filled while the first is sent
+    overlap_comm: bool = False  # stages 1 and 2: a second bucket, filled while the first is sent
     stage3_prefetch_bucket_size: int = 50_000_000
     stage3_max_live_parameters: int = 1_000_000_000
     stage3_param_persistence_threshold: int = 100_000
@@ -123,15 +131,17 @@ def model_state(
     """What one rank holds at the moment before an update (parameters and states: after it).
 
     Gradients are those of the trained parameters as they are kept until the update: under DDP all of them; under stage 1
-    all of them while accumulating, and at the update the tensors that lie in the rank's part (fp32), or always all of
-    them twice (bf16: in bf16 as the backward pass left them, and summed in fp32); under stages 2 and 3 those of the
-    rank's part. accumulating: between two micro-steps instead of at the update.
+    all of them while accumulating, and at the update the tensors that lie in the rank's part, in the type of the weights;
+    under stages 2 and 3 those of the rank's part in fp32; under FSDP2 all of them in fp32 while accumulating, and the
+    rank's rows at the update. accumulating: between two micro-steps instead of at the update.
     """
     zero = zero or ZeroSettings()
     if strategy.stage == 0:
         count = len(shapes.matrices) + len(shapes.vectors)
         states = MOMENTS * shapes.trained + STEP * count
         return ModelState(FP32 * shapes.parameters, FP32 * shapes.trained, states)
+    if strategy.by_torch:
+        return _fsdp2(shapes, world_size, rank, accumulating)
     if strategy.stage == 3:
         return _stage_3(shapes, strategy, world_size, mixed, zero)
     return _stage_1_or_2(shapes, strategy, world_size, mixed, rank, accumulating)
@@ -155,15 +165,13 @@ def _stage_1_or_2(
         # beside the states: their gradients, and a 16-bit copy of the part on its way back to the GPU
         host = states + (FP32 + width) * sum(parts)
         return ModelState(parameters, 0, 0, host)
-    if mixed and strategy.stage == 1:  # DeepSpeed's BF16_Optimizer
-        gradients = FP32 * sum(parts) * world_size + 2 * shapes.trained
-    elif mixed:
+    if mixed and strategy.stage == 2:
         gradients = FP32 * sum(parts)
     elif accumulating and strategy.stage == 1:
-        gradients = FP32 * shapes.trained
+        gradients = width * shapes.trained
     else:
         pairs = zip(shapes.groups, parts, strict=True)
-        gradients = FP32 * sum(_whole_in_part(group, part, rank, not accumulating) for group, part in pairs)
+        gradients = width * sum(_whole_in_part(group, part, rank, not accumulating) for group, part in pairs)
     return ModelState(parameters, gradients, states)
 
 
@@ -197,6 +205,23 @@ def _stage_3(shapes: Shapes, strategy: Strategy, world_size: int, mixed: bool, z
     return ModelState(whole, 0, 0, states + gradients + shares)
 
 
+def _fsdp2(shapes: Shapes, world_size: int, rank: int, accumulating: bool) -> ModelState:
+    """Each rank has rows of every tensor as torch.chunk cuts them, in fp32: buffers have room for as many rows on every
+    rank, states only for those that there are. Between micro-steps nothing is exchanged: whole gradients wait."""
+    every = (*shapes.matrices, *shapes.vectors, *shapes.frozen)
+    count = len(shapes.matrices) + len(shapes.vectors)
+    room = mine = held = 0
+    for number, (size, rows) in enumerate(zip(every, shapes.rows, strict=True)):
+        each = -(-rows // world_size)
+        share = each * (size // rows)
+        held += share
+        if number < count:
+            room += share
+            mine += max(0, min(each, rows - rank * each)) * (size // rows)
+    gradients = FP32 * (shapes.trained if accumulating else room)
+    return ModelState(FP32 * held, gradients, MOMENTS * mine + STEP * count)
+
+
 def _sub_groups(sizes: Sequence[int], world_size: int, limit: int) -> int:
     """How many pieces DeepSpeed updates one after another: a piece is full when it reaches the limit."""
     parts = [-(-size // world_size) for size in sizes]
@@ -213,22 +238,33 @@ def _sub_groups(sizes: Sequence[int], world_size: int, limit: int) -> int:
 def buffers(shapes: Shapes, strategy: Strategy, mixed: bool, zero: ZeroSettings | None = None) -> int:
     """Bytes on the GPU for communication and for parameters that are together only for a while: upper bounds.
 
-    DDP's gradients lie in its buckets (gradient_as_bucket_view), so it has none. Of stage 3 the parameters that are
-    whole at one time, at most stage3_max_live_parameters and those fetched ahead.
+    DDP's gradients lie in its buckets (gradient_as_bucket_view), so it has none. DeepSpeed fills a bucket, flattens it into
+    a copy and, where weights are 16-bit, makes that fp32; a tensor larger than the bucket goes by itself. Stage 3 has at
+    most stage3_max_live_parameters whole at one time, and those fetched ahead.
     """
     zero, width = zero or ZeroSettings(), 2 if mixed else FP32
     if strategy.stage == 0:
         return shapes.buffer_bytes
+    if strategy.by_torch:
+        return shapes.buffer_bytes + _gathered_by_torch(shapes, width)
     largest = max((*shapes.matrices, *shapes.vectors))
-    if strategy.stage == 1 and mixed and not strategy.offload_optimizer:
-        bucket = width * min(shapes.trained, zero.reduce_bucket_size)  # gathered from the gradients when they are sent
-    else:
-        bucket = width * zero.reduce_bucket_size * (2 if zero.overlap_comm else 1)
-    offload = width * largest if strategy.offload_optimizer else 0  # a tensor on its way to the CPU
-    live = 0
+    sent = max(zero.reduce_bucket_size, largest)  # at once
     if strategy.stage == 3:
+        bucket = FP32 * zero.reduce_bucket_size + 2 * FP32 * sent
         live = width * min(shapes.parameters, zero.stage3_max_live_parameters + zero.stage3_prefetch_bucket_size)
+    else:
+        bucket = width * zero.reduce_bucket_size * (2 if zero.overlap_comm else 1) + width * sent
+        bucket += FP32 * sent if mixed else 0
+        live = 0
+    offload = width * largest if strategy.offload_optimizer else 0  # a tensor on its way to the CPU
     return shapes.buffer_bytes + bucket + offload + live
+
+
+def _gathered_by_torch(shapes: Shapes, width: int) -> int:
+    """FSDP2: what is in no layer stays whole; a layer is, the next is fetched, and lies once more in the buffer it came in;
+    gradients of one of these are whole, and once more in fp32 to be sent."""
+    most = max(shapes.largest_block, shapes.outside)
+    return width * (shapes.outside + 3 * shapes.largest_block) + (width + FP32) * most
 
 
 def _padded(size: int, multiple: int) -> int:

@@ -15,7 +15,8 @@ from clm_dist.errors import ConfigError
 from clm_dist.model.build import check_fits, model_configuration
 from clm_dist.planning.memory import STRATEGIES, Activations
 from clm_dist.planning.planner import Cluster, Row, Task, precision_of, recommend, rows
-from clm_dist.planning.shapes import blank_model, shapes
+from clm_dist.planning.shapes import blank_model, hidden_size, shapes
+from clm_dist.planning.zero_settings import zero_settings
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Outlook:
     cluster: Cluster
     usable_bytes: int
     by_formula: str  # why activations are by formula and not counted; empty where they are counted
+    buckets_note: str  # where the sizes of buckets are not those of ds_configs/; empty where they are
     rows: list[Row]
     recommended: Row | None
     command: str | None
@@ -45,14 +47,14 @@ class Outlook:
 
 def plan_run(config: Config, cluster: Cluster, recipe: str, overrides: list[str]) -> Outlook:
     """The outlook of a recipe on a cluster; nothing is loaded but the model's configuration."""
+    config = _settled(config)
     train, block_size = config.train, config.data.block_size
     check_cluster(cluster, train.global_batch_size)
     manifest = _prepared(config)
     built = _configuration(config, manifest)
-    precision = str(train.mixed_precision)
-    precision = "bf16" if precision == "auto" else precision  # which is what any GPU with such memory computes in
-    mixed = precision != "no"
-    task = Task(shapes(config.model, built), block_size, train.global_batch_size, mixed, cluster)
+    mixed = train.mixed_precision != "no"
+    zero, buckets_note = zero_settings(config, cluster.gpus, hidden_size(built))
+    task = Task(shapes(config.model, built), block_size, train.global_batch_size, mixed, cluster, zero)
     memory, by_formula = _activations(config, built, task)
     found = rows(task, memory)
     best = recommend(found)
@@ -60,7 +62,7 @@ def plan_run(config: Config, cluster: Cluster, recipe: str, overrides: list[str]
     return Outlook(
         model=str(config.model.name or config.model.type),
         parameters=task.shapes.parameters,
-        mixed_precision=precision,
+        mixed_precision=train.mixed_precision,
         block_size=block_size,
         global_batch_size=train.global_batch_size,
         tokens_per_step=task.tokens_per_step,
@@ -70,9 +72,10 @@ def plan_run(config: Config, cluster: Cluster, recipe: str, overrides: list[str]
         cluster=cluster,
         usable_bytes=cluster.usable,
         by_formula=by_formula,
+        buckets_note=buckets_note,
         rows=found,
         recommended=best,
-        command=command_for(best, cluster, recipe, overrides) if best else None,
+        command=command_for(best, cluster, recipe, overrides, train.activation_checkpointing) if best else None,
     )
 
 
@@ -105,21 +108,33 @@ def check_cluster(cluster: Cluster, global_batch_size: int) -> None:
         raise ConfigError(problems)
 
 
-def command_for(row: Row, cluster: Cluster, recipe: str, overrides: list[str]) -> str:
-    """What launches a row: topology from accelerate_configs/, the rest as overrides behind those that were given."""
+def command_for(row: Row, cluster: Cluster, recipe: str, overrides: list[str], checkpointing: bool = False) -> str:
+    """What launches a row: topology from accelerate_configs/, the rest as overrides behind those that were given.
+
+    checkpointing: what the recipe says of it.
+    """
     own = ("train.micro_batch_size=", "train.activation_checkpointing=")
     kept = [text for text in overrides if not text.startswith(own)]
     settings = [f"train.micro_batch_size={row.micro_batch_size}"]
-    if row.activation_checkpointing:
-        settings.append("train.activation_checkpointing=true")
+    if row.activation_checkpointing or checkpointing:
+        settings.append(f"train.activation_checkpointing={str(row.activation_checkpointing).lower()}")
     words = ["accelerate", "launch", "--config_file", f"accelerate_configs/{row.strategy}.yaml"]
     words += ["--num_processes", str(cluster.gpus)]
     nodes = ""
     if cluster.nodes > 1:
         nodes = f" --num_machines {cluster.nodes} --machine_rank $NODE_RANK --main_process_ip $MAIN_HOST"
         nodes += " --main_process_port 29500"
+        if row.strategy.startswith("zero"):  # Accelerate's own would need ssh between the nodes
+            nodes += " --deepspeed_multinode_launcher standard"
     program = ["-m", "clm_dist", "train", recipe, *kept, *settings]
     return f"{shlex.join(words)}{nodes} {shlex.join(program)}"
+
+
+def _settled(config: Config) -> Config:
+    """On the GPUs that are planned for, auto is bf16."""
+    if config.train.mixed_precision != "auto":
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"mixed_precision": "bf16"})})
 
 
 def _prepared(config: Config) -> Manifest | None:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from clm_dist.planning.communication import bytes_sent
-from clm_dist.planning.estimate import flops_per_token, seconds_per_step
+from clm_dist.planning.estimate import cost_seconds, flops_per_token, seconds_per_step
 from clm_dist.planning.memory import (
+    FP32,
     STRATEGIES,
     Activations,
     ModelState,
@@ -53,11 +54,18 @@ class Task:
     global_batch_size: int
     mixed: bool
     cluster: Cluster
-    zero: ZeroSettings = field(default_factory=ZeroSettings)
+    zero: Mapping[str, ZeroSettings] = field(
+        default_factory=dict
+    )  # by strategy; DeepSpeed's own where one is not there
 
     @property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.block_size
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the weights that the model computes with."""
+        return (2 if self.mixed else FP32) * self.shapes.parameters
 
 
 @dataclass(frozen=True)
@@ -81,10 +89,12 @@ class Row:
     bytes_sent_per_step: int
     flops_per_token: int
     seconds_per_step: float | None
+    cost_seconds: float  # of a step by stated speeds, to compare rows: estimate.py
+    sums_in_16_bits: bool  # gradients of several micro-steps
 
 
 def precision_of(strategy: Strategy, mixed: bool) -> str:
-    """What a strategy computes in: DDP keeps fp32 weights under autocast, DeepSpeed casts them."""
+    """What a strategy computes in: DDP keeps fp32 weights under autocast, DeepSpeed and FSDP2 cast them."""
     return "fp32" if not mixed else "bf16" if strategy.stage else "autocast"
 
 
@@ -100,18 +110,18 @@ def rows(task: Task, activations: Mapping[tuple[str, bool], Activations]) -> lis
 
 
 def recommend(found: list[Row]) -> Row | None:
-    """The first that fits, from what costs least: sharing, then computing layers twice, then the CPU's memory.
+    """Of the rows that fit the one of the least cost, without offload if there is any.
 
-    Sharing of stages 1 and 2 costs next to nothing and stage 3 half again as much communication; checkpointing costs a
-    third more computation; offload sends every gradient and every parameter over the PCI bus.
+    Stage 1 in 16 bits adds up the gradients of micro-steps in 16 bits, where those of the last of many are rounded away:
+    it is passed over unless a step has one micro-step, or nothing else fits. Offload is taken last, since the update of
+    weights on the CPU is in no estimate here.
     """
-    for offload in (False, True):
-        for checkpointing in (False, True):
-            for row in found:
-                wanted = (row.strategy.endswith("_offload"), row.activation_checkpointing) == (offload, checkpointing)
-                if wanted and row.fits:
-                    return row
-    return None
+    fitting = [row for row in found if row.fits]
+    return min(
+        fitting,
+        key=lambda row: (row.strategy.endswith("_offload"), row.sums_in_16_bits, row.cost_seconds),
+        default=None,
+    )
 
 
 def largest(fits: Callable[[int], bool]) -> int:
@@ -124,49 +134,61 @@ def largest(fits: Callable[[int], bool]) -> int:
 
 
 def _row(task: Task, strategy: Strategy, checkpointing: bool, line: Activations) -> Row:
-    cluster = task.cluster
-    state = _fullest(task, strategy)
-    around = buffers(task.shapes, strategy, task.mixed, task.zero)
-    held = state.parameters + state.gradients + state.optimizer_states + around
-    host = state.host * cluster.gpus // cluster.nodes
+    cluster, zero = task.cluster, task.zero.get(strategy.name, ZeroSettings())
+    each = task.global_batch_size // cluster.gpus
+    around = buffers(task.shapes, strategy, task.mixed, zero)
+    several, one = (_fullest(task, strategy, zero, accumulating) for accumulating in (True, False))
+    host = several.host * cluster.gpus // cluster.nodes
     enough_host = cluster.cpu_memory_gib is None or host <= cluster.cpu_memory_gib * GIB
 
-    def total(sequences: int) -> int:
-        return held + line.peak.at(sequences)
+    def state(sequences: int) -> ModelState:
+        return one if sequences >= each else several  # in a single micro-step no gradient waits for another
 
-    most = largest(lambda sequences: enough_host and total(sequences) <= cluster.usable)
-    each = task.global_batch_size // cluster.gpus
+    def total(sequences: int) -> int:
+        held = state(sequences)
+        return held.parameters + held.gradients + held.optimizer_states + around + line.peak.at(sequences)
+
+    def fits(sequences: int) -> bool:
+        return enough_host and total(sequences) <= cluster.usable
+
+    most = max(largest(fits), each if fits(each) else 0)
     micro = max((b for b in range(1, most + 1) if each % b == 0), default=1)
     flops = flops_per_token(task.shapes, task.block_size, checkpointing)
+    sent = bytes_sent(task.shapes, strategy, cluster.gpus, task.mixed, each // micro)
     return Row(
         strategy=strategy.name,
         activation_checkpointing=checkpointing,
         fits=most > 0,
         micro_batch_size=micro,
         largest_micro_batch_size=most,
-        parameters=state.parameters,
-        gradients=state.gradients,
-        optimizer_states=state.optimizer_states,
+        parameters=state(micro).parameters,
+        gradients=state(micro).gradients,
+        optimizer_states=state(micro).optimizer_states,
         buffers=around,
         activations=line.kept.at(micro),
         logits=line.peak.at(micro) - line.kept.at(micro),
         total=total(micro),
         by_paper=round(by_paper(task.shapes.parameters, strategy.stage, cluster.gpus)),
         host_bytes_per_node=host,
-        bytes_sent_per_step=bytes_sent(task.shapes, strategy, cluster.gpus, task.mixed, each // micro),
+        bytes_sent_per_step=sent,
         flops_per_token=flops,
         seconds_per_step=(
             seconds_per_step(flops, task.tokens_per_step, cluster.gpus, cluster.tflops) if cluster.tflops else None
         ),
+        cost_seconds=cost_seconds(
+            flops * micro * task.block_size, task.weights, each // micro, sent, cluster.nodes, cluster.tflops
+        ),
+        sums_in_16_bits=strategy.stage == 1 and task.mixed and micro < each,
     )
 
 
-def _fullest(task: Task, strategy: Strategy) -> ModelState:
-    """Of all ranks, and of the moments between micro-steps and at the update, the one with the most gradients."""
-    differ = strategy.stage in (1, 2) and not task.mixed  # else the ranks hold alike
+def _fullest(task: Task, strategy: Strategy, zero: ZeroSettings, accumulating: bool) -> ModelState:
+    """Of all ranks the one with the most gradients: at the update or, where there are several micro-steps, between them."""
+    differ = strategy.stage in (1, 2)  # else the first rank holds as much as any
+    moments = (False, True) if accumulating else (False,)
     states = [
-        model_state(task.shapes, strategy, task.cluster.gpus, task.mixed, rank, accumulating, task.zero)
+        model_state(task.shapes, strategy, task.cluster.gpus, task.mixed, rank, between, zero)
         for rank in range(task.cluster.gpus if differ else 1)
-        for accumulating in (False, True)
+        for between in moments
     ]
     return max(states, key=lambda state: state.gradients)

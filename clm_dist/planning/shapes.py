@@ -20,6 +20,9 @@ class Shapes:
     lookup: int  # parameters of the input embedding where it is not the head too: read by index, never multiplied
     layers: int
     width: int  # of attention: heads x size of a head
+    rows: tuple[int, ...] = ()  # first dimension of each tensor: matrices, vectors, frozen ones
+    largest_block: int = 0  # parameters of the largest layer, which FSDP2 gathers as one
+    outside: int = 0  # of what is in no layer: embeddings, the head
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
@@ -67,12 +70,32 @@ def shapes_of(model: Any) -> Shapes:
     size_of_head = getattr(text, "head_dim", None)
     if isinstance(heads, int) and isinstance(size_of_head, int):
         width = heads * size_of_head
+    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
+    vectors = [parameter for parameter in trained if parameter.ndim < 2]
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    blocks = _blocks(model)
     return Shapes(
-        matrices=tuple(parameter.numel() for parameter in trained if parameter.ndim >= 2),
-        vectors=tuple(parameter.numel() for parameter in trained if parameter.ndim < 2),
-        frozen=tuple(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad),
+        matrices=tuple(parameter.numel() for parameter in matrices),
+        vectors=tuple(parameter.numel() for parameter in vectors),
+        frozen=tuple(parameter.numel() for parameter in frozen),
         buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
         lookup=0 if tied else embedding.weight.numel(),
         layers=getattr(text, "num_hidden_layers", 0) or 0,
         width=width or 0,
+        rows=tuple(parameter.shape[0] if parameter.ndim else 1 for parameter in (*matrices, *vectors, *frozen)),
+        largest_block=max(blocks, default=0),
+        outside=sum(parameter.numel() for parameter in model.parameters()) - sum(blocks),
     )
+
+
+def hidden_size(model_configuration: Any) -> int | None:
+    """The width of a model, by its configuration; None where it tells none or several."""
+    size = getattr(model_configuration.get_text_config(), "hidden_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _blocks(model: Any) -> list[int]:
+    """Parameters of each layer, by the names that a transformers model has for them."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    return [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]

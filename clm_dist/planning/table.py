@@ -5,7 +5,7 @@ from clm_dist.planning.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, Row
 
 HEADS = (
     *("strategy", "ckpt", "params", "grads", "optim", "buffers", "activ.", "logits", "total", "B", "largest B"),
-    *("CPU/node", "sent/step"),
+    *("CPU/node", "sent/step", "cost"),
 )
 
 
@@ -28,13 +28,16 @@ def _introduction(outlook: Outlook) -> list[str]:
         "fragmentation",
         "GiB on the fullest GPU with a micro-batch of B, the largest that fits and divides the batch; (B): does not fit",
     ]
+    if outlook.buckets_note:
+        lines.append(outlook.buckets_note)
     if outlook.by_formula:
         lines.append(f"activations are by formula (arXiv:2205.05198), the model cannot be traced: {outlook.by_formula}")
     return lines
 
 
 def _table(rows: list[Row]) -> list[str]:
-    cells = [HEADS, *(_cells(row) for row in rows)]
+    least = min((row.cost_seconds for row in rows if row.fits and not row.host_bytes_per_node), default=1.0)
+    cells = [HEADS, *(_cells(row, least) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(HEADS))]
     return ["  ".join(_aligned(cell, width, n) for n, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
             for line in cells]  # fmt: skip
@@ -44,7 +47,7 @@ def _aligned(cell: str, width: int, column: int) -> str:
     return cell.ljust(width) if column < 2 else cell.rjust(width)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row, least: float) -> tuple[str, ...]:
     sizes = (row.parameters, row.gradients, row.optimizer_states, row.buffers, row.activations, row.logits, row.total)
     return (
         row.strategy,
@@ -54,6 +57,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         str(row.largest_micro_batch_size),
         f"{row.host_bytes_per_node / GIB:.1f}" if row.host_bytes_per_node else "",
         f"{row.bytes_sent_per_step / GIB:.2f}",
+        f"{row.cost_seconds / least:.2f}" if row.fits and not row.host_bytes_per_node else "",
     )
 
 
@@ -79,6 +83,8 @@ def _recommendation(outlook: Outlook) -> list[str]:
         f"recommended: {best.strategy}{ckpt}, micro-batch {best.micro_batch_size}, {accumulation} micro-steps per step, "
         f"{best.total / GIB:.1f} GiB a GPU"
     ]
+    if any(row.fits and row.sums_in_16_bits and row.cost_seconds < best.cost_seconds for row in outlook.rows):
+        lines.append("zero1 is passed over: it would add up the gradients of micro-steps in 16 bits")
     if best.host_bytes_per_node and cluster.cpu_memory_gib is None:
         lines.append(f"it needs {best.host_bytes_per_node / GIB:.1f} GiB of CPU memory a node; check with --cpu-memory")
     lines += [_time(outlook, best), "", f"{outlook.command}"]

@@ -14,6 +14,7 @@ from clm_dist.planning.deepspeed_checks import Run
 from clm_dist.planning.deepspeed_config import Resolved, problems_with, resolve
 from clm_dist.planning.deepspeed_launch import launch_problems, launched
 from clm_dist.planning.deepspeed_live import live_differences
+from clm_dist.planning.shapes import hidden_size
 from clm_dist.training.plan import Plan
 
 
@@ -57,12 +58,6 @@ def sharding(config: Config, plan: Plan, model_configuration: Any) -> Sharding:
     if problems:
         raise ConfigError(problems)
     return Sharding("zero", resolve(found.values, found.source, config, **sizes, device=device))
-
-
-def hidden_size(model_configuration: Any) -> int | None:
-    """The width of a model, by its configuration; None where it tells none or several."""
-    size = getattr(model_configuration.get_text_config(), "hidden_size", None)
-    return size if isinstance(size, int) else None
 
 
 def check_live(wanted: Sharding, engine: Engine, config: Config) -> None:
