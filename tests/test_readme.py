@@ -17,8 +17,9 @@ from test_hub import DATA, MODEL
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
 
-NAMES = ("README.md", "docs/data.md", "docs/recovery.md", "docs/planning.md")
+NAMES = ("README.md", "docs/data.md", "docs/recovery.md", "docs/planning.md", "docs/sharding.md")
 PAGES = "".join((ROOT / name).read_text(encoding="utf-8") for name in NAMES)
+SHARDED = {"zero2", "zero3", "by_deepspeed"}
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGES, re.DOTALL) for line in block.splitlines() if line]
 
 
@@ -65,7 +66,10 @@ def test_every_command_of_the_readme_runs(copy, tmp_path):
                 continue  # what runs this
             run(command, copy, environment)
     made = {path.name for path in (copy / "runs").iterdir()}
-    assert made == {"demo", "eli5_distilgpt2", "two", "local", "nodes", "watched", "again", "long", "again-and-again"}
+    assert (
+        made
+        == {"demo", "eli5_distilgpt2", "two", "local", "nodes", "watched", "again", "long", "again-and-again"} | SHARDED
+    )
     assert (copy / "best.json").is_file() and (copy / "runs" / "demo" / "report.html").is_file()
     first, again = ((copy / "runs" / name / "metrics.jsonl").read_text() for name in ("watched", "again"))
     losses = [re.findall(r'"(?:train|eval)/loss": ([\d.]+)', text) for text in (first, again)]

@@ -66,6 +66,17 @@ def test_one_process_without_a_launcher(recipe):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+def test_the_demo(tmp_path_factory, engine):
+    """As it is shipped, dropout and all."""
+    prepared = tmp_path_factory.getbasetemp() / "demo-prepared"
+    overrides = [f"data.prepared_dir={prepared}"]
+    assert run_command("prepare", ROOT / "recipes" / "demo.yaml", *overrides).code == 0
+    done = check(ROOT / "recipes" / "demo.yaml", engine, *overrides)
+    assert done.code == 0 and "all promises kept" in done.out, done.out + done.err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
 @pytest.mark.parametrize("broken", BROKEN)
 def test_broken_promises_are_named(recipe, engine, broken):

@@ -71,3 +71,13 @@ def test_distilgpt2_itself_takes_a_few_dozen_steps_in_bf16(prepared, tmp_path):
     assert "GPT2LMHeadModel, 81,912,576 parameters" in done.out
     losses = [row["train/loss"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
     assert losses[0] > losses[-1] + 1
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+def test_the_shipped_recipe_keeps_its_promises(prepared, engine):
+    """`check`, with one layer and two sequences a step for the sake of time: DistilGPT2's own embeddings and widths."""
+    pytest.importorskip("deepspeed")
+    _, overrides = prepared
+    smaller = ["model.config.n_layer=1", "train.global_batch_size=2"]
+    done = launch(2, "check", RECIPE, *overrides, *smaller, config=engine)
+    assert done.code == 0 and "all promises kept" in done.out, done.out + done.err
