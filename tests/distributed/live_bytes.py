@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from tiny_models import recipe_of, tiny_configuration
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
