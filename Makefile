@@ -3,13 +3,13 @@ PYTHON ?= python3.11
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 
-.PHONY: demo test check test-slow bench clean
+.PHONY: demo test check test-slow test-nightly bench clean
 
 demo: $(VENV)/.installed  ## prepare, train with two processes, evaluate, generate, report
 	@bash launch/demo.sh
 
 test: $(VENV)/.installed-dev check  ## lint, types, and the tests that fit into a quarter of an hour
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest -m "not slow and not nightly"
 
 check: $(VENV)/.installed-dev  ## ruff, mypy, shellcheck
 	$(VENV)/bin/ruff check .
@@ -19,6 +19,9 @@ check: $(VENV)/.installed-dev  ## ruff, mypy, shellcheck
 
 test-slow: $(VENV)/.installed-peers  ## what CI runs on top: README commands, real data, peers' opinions
 	$(VENV)/bin/python -m pytest -m slow
+
+test-nightly: $(VENV)/.installed-dev  ## the longest proofs: kills and resharding under ZeRO
+	$(VENV)/bin/python -m pytest -m nightly
 
 bench: $(VENV)/.installed-peers  ## ours and the peer in one run; results go to benchmarks/results/
 	$(VENV)/bin/python benchmarks/training.py

@@ -51,6 +51,7 @@ PURE = [
     "planning/communication.py",
     "planning/estimate.py",
     "planning/planner.py",
+    "planning/zero_settings.py",
 ]
 
 

@@ -139,7 +139,9 @@ def test_an_empty_section_is_its_defaults(tmp_path):
 @pytest.mark.parametrize("value", ["no", "bf16"])
 def test_no_is_a_word(tmp_path, value):
     """YAML 1.1 reads a bare `no` as false, in a recipe and on the command line."""
-    (tmp_path / "r.yaml").write_text(recipe.dump(recipe.build(recipe_values(tmp_path))).replace("'no'", "no"))
+    (tmp_path / "r.yaml").write_text(
+        recipe.dump(recipe.build(recipe_values(tmp_path, train={"mixed_precision": "no"}))).replace("'no'", "no")
+    )
     config = recipe.load(tmp_path / "r.yaml", [f"train.mixed_precision={value}"])
     assert config.train.mixed_precision == value
     assert recipe.load(tmp_path / "r.yaml", []).train.mixed_precision == "no"

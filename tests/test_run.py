@@ -279,7 +279,7 @@ def test_two_runs_started_into_one_folder(trained, tmp_path, monkeypatch):
 def test_a_dry_run_checks_and_starts_nothing(trained, tmp_path):
     arguments = ("train", trained / "recipe.yaml", "--dry-run", f"run_dir={tmp_path / 'run'}")
     done = run_command(*arguments, env={"WORLD_SIZE": "3"})
-    assert done.code == 0 and done.out.startswith("3 processes x 4 sequences x 1 accumulation x 16 tokens = 192 tokens")
+    assert done.code == 0 and "3 processes x 4 sequences x 1 accumulation x 16 tokens = 192 tokens" in done.out
     done = run_command(*arguments, env={"WORLD_SIZE": "5"})
     assert done.code == 2 and "not divisible by 5 processes" in done.err
     assert not (tmp_path / "run").exists()

@@ -137,12 +137,13 @@ def _row(task: Task, strategy: Strategy, checkpointing: bool, line: Activations)
     cluster, zero = task.cluster, task.zero.get(strategy.name, ZeroSettings())
     each = task.global_batch_size // cluster.gpus
     around = buffers(task.shapes, strategy, task.mixed, zero)
-    several, one = (_fullest(task, strategy, zero, accumulating) for accumulating in (True, False))
+    several = _fullest(task, strategy, zero)
+    one = model_state(task.shapes, strategy, cluster.gpus, task.mixed, zero=zero) if strategy.by_torch else several
     host = several.host * cluster.gpus // cluster.nodes
     enough_host = cluster.cpu_memory_gib is None or host <= cluster.cpu_memory_gib * GIB
 
     def state(sequences: int) -> ModelState:
-        return one if sequences >= each else several  # in a single micro-step no gradient waits for another
+        return one if sequences >= each else several  # a single micro-step leaves FSDP2 no whole gradients
 
     def total(sequences: int) -> int:
         held = state(sequences)
@@ -182,13 +183,12 @@ def _row(task: Task, strategy: Strategy, checkpointing: bool, line: Activations)
     )
 
 
-def _fullest(task: Task, strategy: Strategy, zero: ZeroSettings, accumulating: bool) -> ModelState:
-    """Of all ranks the one with the most gradients: at the update or, where there are several micro-steps, between them."""
+def _fullest(task: Task, strategy: Strategy, zero: ZeroSettings) -> ModelState:
+    """Of all ranks, and of the moments between micro-steps and at the update, the one with the most gradients."""
     differ = strategy.stage in (1, 2)  # else the first rank holds as much as any
-    moments = (False, True) if accumulating else (False,)
     states = [
-        model_state(task.shapes, strategy, task.cluster.gpus, task.mixed, rank, between, zero)
+        model_state(task.shapes, strategy, task.cluster.gpus, task.mixed, rank, accumulating, zero)
         for rank in range(task.cluster.gpus if differ else 1)
-        for between in moments
+        for accumulating in (False, True)
     ]
     return max(states, key=lambda state: state.gradients)
