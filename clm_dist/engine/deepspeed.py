@@ -5,6 +5,7 @@ import fcntl
 import io
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def build_extension() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     own = not os.environ.get(EXTENSIONS)
     os.environ[EXTENSIONS] = str(folder)
+    # ninja is found by PATH; that of another environment would build everything anew
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     with (folder / ".clm-dist.lock").open("a") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         for lock in stale_locks(folder):
