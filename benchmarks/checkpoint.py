@@ -103,6 +103,7 @@ class Saving:
         from transformers import GPT2Config, GPT2LMHeadModel
 
         from clm_dist.config import Config, OptimConfig
+        from clm_dist.engine.replicated import Replicated
         from clm_dist.training.optimizer import make_optimizer
         from clm_dist.training.runtime import start
         from clm_dist.training.saver import Saver
@@ -112,9 +113,9 @@ class Saving:
         self.folder, self.accelerator = folder, start("no")
         torch.manual_seed(0)
         model = GPT2LMHeadModel(GPT2Config(**SHAPE, use_cache=False))
-        self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model, OptimConfig()))
+        self.engine = Replicated(self.accelerator, model, make_optimizer(model, OptimConfig()), max_norm=None)
         values = recipe(folder, folder / "run", SHAPE) | {"checkpoint": {"keep_last": 1}}
-        arguments = (Config.model_validate(values), self.model, self.optimizer, folder / "run", Watch())
+        arguments = (Config.model_validate(values), self.engine, folder / "run", Watch())
         self.saver, self.state = Saver(self.accelerator, *arguments), TrainState()
         self.ids = torch.randint(SHAPE["vocab_size"], (1, TOKENS))
         self.found: dict[str, list[float]] = defaultdict(list)
@@ -124,9 +125,8 @@ class Saving:
         """Takes steps as training does; returns seconds."""
         began = time.monotonic()
         for _ in range(steps):
-            self.accelerator.backward(self.model(input_ids=self.ids, labels=self.ids).loss)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.engine.backward(self.engine.model(input_ids=self.ids, labels=self.ids).loss)
+            self.engine.step(update=True)
             self.state.step += 1  # else the Saver has nothing to do
         return time.monotonic() - began
 
