@@ -2,8 +2,8 @@
 
     engines.py withheld|export RECIPE FOLDER [KEY=VALUE ...]
 
-`withheld` prints nothing and fails where a step that is withheld leaves a trace. `export` writes FOLDER/model, what each rank
-holds, the logits of the live model, and FOLDER/RANK.json: bytes that gathering the weights took, by idiom.
+`withheld` prints nothing and fails where a step that is withheld leaves a trace. `export` writes FOLDER/model, what each
+rank holds, the logits of the live model, and FOLDER/RANK.json: bytes that gathering the weights took, by idiom.
 """
 
 import json
@@ -114,7 +114,7 @@ def exported(engine, job):
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
         logits = engine.model(input_ids=ids).logits
-    list(engine.full_weights())  # a forward pass leaves a small model gathered, and the first to free it would look cheap
+    list(engine.full_weights())  # a forward pass leaves a small model gathered; whoever frees it first would look cheap
     figures = {
         "largest": max(one.ds_numel * one.element_size() for one in engine.plain.parameters()),
         "whole": sum(one.ds_numel * one.element_size() for one in engine.plain.parameters()),
