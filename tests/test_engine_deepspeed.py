@@ -16,9 +16,7 @@ from clm_dist.publish.export import check_written
 pytest.importorskip("deepspeed")
 
 # holds the guard until it is told to end, as a process that builds does
-BUILDS = (
-    "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); input()"
-)
+BUILDS = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
 
 
 @pytest.fixture

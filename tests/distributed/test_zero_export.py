@@ -1,6 +1,7 @@
 """The promise: what ZeRO-3 exports is the live model, bit for bit, and no rank but the writer ever holds it whole.
 
-Bytes are those that torch's allocator gave out (engines.py): counted, not sampled.
+Bytes are those that torch's allocator has given out (engines.py), not a process's pages. gloo lets go of what it gathered a
+little late, in threads of its own: the figures differ by a few tensors, by as many for 6 layers as for 14.
 """
 
 import json
@@ -66,12 +67,12 @@ def test_plain_transformers_computes_the_same(exported):
 
 
 def test_memory_of_an_export(exported):
-    """Beside its shard a rank that does not write has room for the largest parameter; the writer for the model as well, and
-    for one tensor more when it reads it back. The mutant, all parameters at once, breaks the bound on rank 1."""
+    """Beside its shard a rank that does not write has room for the largest parameter; the writer for the model as well, but
+    not for it twice. The mutant, all parameters at once, breaks the bound on rank 1."""
     precision, folder = exported
     writer, other = (json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
     print(precision, "writer", writer, "other", other)
     assert other["sharded"] > 70 and other["whole"] > 1.5 * (other["largest"] + other["shard"])
     assert other["ours"] <= other["largest"] + other["shard"]
-    assert writer["ours"] >= writer["whole"]
+    assert writer["whole"] <= writer["ours"] <= writer["whole"] + writer["largest"] + writer["shard"]
     assert other["gathered_at_once"] > other["largest"] + other["shard"]

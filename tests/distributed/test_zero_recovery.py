@@ -61,7 +61,7 @@ def test_a_bad_number_of_one_rank(folder, tmp_path, config, action):
 @pytest.mark.parametrize("config", ["zero2", "zero3"])
 def test_killed_at_random_moments(tmp_path, config):
     """Ten kills; weights, metrics and ledger are those of a run that was left alone, to the last bit."""
-    arguments = {"kills": 10, "processes": 2, "steps": 240, "signals": ["KILL"], "seed": 11}
+    arguments = {"kills": 10, "processes": 2, "steps": 60, "signals": ["KILL"], "seed": 11}
     assert crash_test(tmp_path, **arguments, config=config) == []
     starts = [row for row in read_rows(Path(tmp_path) / "run" / "ledger.jsonl") if row["event"] == "start"]
     assert len(starts) > 5  # most kills hit a run that had begun to train
