@@ -25,6 +25,7 @@ class Piece:
     stop: int
     path: Path
     key: str
+    shape: tuple[int, ...]  # as it is stored: of a whole tensor its own
 
 
 class Saved:
@@ -36,9 +37,8 @@ class Saved:
         for path, file in self._files.items():
             for key in file.keys():  # noqa: SIM118  # no dictionary
                 name, _, start = key.partition(SEPARATOR)
-                begin = int(start or 0)
-                stop = begin + prod(file.get_slice(key).get_shape())
-                self._pieces.setdefault(name, []).append(Piece(begin, stop, path, key))
+                begin, shape = int(start or 0), tuple(file.get_slice(key).get_shape())
+                self._pieces.setdefault(name, []).append(Piece(begin, begin + prod(shape), path, key, shape))
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece.start)
 
@@ -63,20 +63,21 @@ class Saved:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def whole(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """A tensor of this shape; RunError where it was saved with another number of elements."""
+        """A tensor of this shape; RunError where it was saved with another, or pieces of it have other elements together."""
+        first = self._pieces[name][0]
+        if first.key == name and first.shape != tuple(shape):
+            raise RunError(f"{name} was saved as {first.shape}, the model has {tuple(shape)}")
         if self.numel(name) != prod(shape):
             raise RunError(f"{name} was saved with {self.numel(name)} elements, the model has {tuple(shape)}")
         return self.read(name, 0, prod(shape)).view(shape)
 
     def _of(self, piece: Piece, start: int, stop: int) -> torch.Tensor:
         """Elements of a stored tensor, of which only the rows that hold them are read."""
-        file = self._files[piece.path]
-        stored = file.get_slice(piece.key)
-        shape = stored.get_shape()
+        file, shape = self._files[piece.path], piece.shape
         if start == 0 and stop == piece.stop - piece.start:
             tensor: torch.Tensor = file.get_tensor(piece.key)
             return tensor.reshape(-1)
         row = prod(shape[1:])
         first, last = start // row, -(-stop // row)
-        rows: torch.Tensor = stored[first:last]
+        rows: torch.Tensor = file.get_slice(piece.key)[first:last]
         return rows.reshape(-1)[start - first * row : stop - first * row]

@@ -24,13 +24,6 @@ def save(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     return disk.write(path, _pieces(tensors))
 
 
-def load(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file."""
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
 def _pieces(tensors: dict[str, torch.Tensor]) -> Iterator[Any]:
     """Length of the header, header, and the tensors' bytes, one after the other."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

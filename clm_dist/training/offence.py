@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from clm_dist import recipe
-from clm_dist.checkpoint import tensors
+from clm_dist.checkpoint import content, tensors
 from clm_dist.config import Config
 from clm_dist.engine.engine import Engine
 from clm_dist.training.plan import Plan
@@ -40,7 +40,8 @@ def keep(
     bad = [str(rank) for rank, one in enumerate(ranks) if not math.isfinite(one)]
     if bad:
         cause += f" (that of rank {', '.join(bad)} of {len(ranks)})"
-    weights = {name: tensor for name, tensor in engine.full_weights() if tensor is not None}
+    once = content.weights(engine.plain)  # tied ones by their first name
+    weights = {name: tensor for name, tensor in engine.full_weights() if tensor is not None and name in once}
     if accelerator.is_main_process:
         try:
             _write(config, weights, state, plan, ranks, cause)

@@ -7,7 +7,8 @@ import torch
 from accelerate import Accelerator
 
 from clm_dist import recipe
-from clm_dist.checkpoint import tensors
+from clm_dist.checkpoint import content
+from clm_dist.checkpoint.saved import Saved
 from clm_dist.data.order import blocks_at, micro_batches, step_seed
 from clm_dist.data.prepared import open_blocks, open_prepared
 from clm_dist.data.tokenize import load_tokenizer, token_ids
@@ -33,7 +34,7 @@ def replay(run: Path, step: int) -> list[str]:
     random_weights = config.model.model_copy(update={"from_scratch": config.model.name is not None})
     model = build_model(random_weights, model_configuration(config.model, token_ids(tokenizer)), config.seed)
     model.config.use_cache = False  # type: ignore[union-attr]
-    model.load_state_dict(tensors.load(place / offence.WEIGHTS))
+    content.load_weights(model, Saved([place / offence.WEIGHTS]))
     model = accelerator.prepare_model(model).train()
     batches = Batches(open_blocks(config, manifest, "train"), config.train.isolate_documents, accelerator.device)
     world_size, size = kept_batch["world_size"], kept_batch["micro_batch_size"]
