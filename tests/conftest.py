@@ -150,6 +150,15 @@ def write_recipe(path: Path, values: dict) -> Path:
     return path
 
 
+def prepare_recipe(folder: Path, documents: int, **sections: dict) -> Path:
+    """A recipe over so many short documents, which are prepared; keyword arguments as for `recipe_values`."""
+    write_documents(folder / "texts.jsonl", count=documents)
+    recipe = write_recipe(folder / "recipe.yaml", recipe_values(folder, **sections))
+    done = run_command("prepare", recipe)
+    assert done.code == 0, done.err
+    return recipe
+
+
 def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -51,9 +51,8 @@ def test_configs_for_deepspeed_name_a_file_and_repeat_nothing_of_it(path):
 
 def test_the_config_for_fsdp():
     values = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp2.yaml").read_text())
-    assert values["distributed_type"] == "FSDP" and values["fsdp_config"]["fsdp_version"] == 2
-    assert values["fsdp_config"]["fsdp_auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
-    assert "GPUs only" in (ROOT / "accelerate_configs" / "fsdp2.yaml").read_text()
+    assert values["distributed_type"] == "FSDP"
+    assert values["fsdp_config"] == {"fsdp_version": 2}  # nobody reads another key
 
 
 @pytest.mark.parametrize("path", DEEPSPEED_FILES, ids=lambda path: path.name)

@@ -15,7 +15,7 @@ from clm_dist.checkpoint.saved import SEPARATOR
 from clm_dist.config import Config
 from clm_dist.engine.engine import Engine
 from clm_dist.engine.make import make_engine
-from clm_dist.errors import RunError
+from clm_dist.errors import RunError, UserError
 from clm_dist.ledger.ledger import DIGEST_MODULUS
 from clm_dist.model.build import build_model, checkpoint_activations
 from clm_dist.training import train as training
@@ -59,6 +59,11 @@ class Finding:
 
 def check(config: Config) -> list[str]:
     """The lines of a table; a RunError with it where a promise is broken, naming the first. Every rank must call this."""
+    if config.train.mixed_precision not in TOLERANCES:
+        raise UserError(
+            f"check compares with a process in fp32, and train.mixed_precision={config.train.mixed_precision} scales its "
+            "loss or its numbers, so that the first steps are others; check with train.mixed_precision=bf16 or no"
+        )
     job = open_job(config, overwrite=False, run=False)
     plan = job.plan
     accelerator = start(config.train.mixed_precision, job.sharding.settings)
@@ -116,7 +121,7 @@ def _live_step(config: Config, job: Job, engine: Engine, batches: Batches, numbe
 
 def _compared(number: int, live: Step, wanted: Step, config: Config) -> list[Finding]:
     """One step's figures side by side."""
-    allowed = TOLERANCES.get(config.train.mixed_precision, TOLERANCES["bf16"])
+    allowed = TOLERANCES[config.train.mixed_precision]
     return [
         Finding(
             "blocks", number, live.digest, wanted.digest, float(live.digest != wanted.digest), 0.0,
@@ -141,7 +146,7 @@ def _of_what_is_held(
     accelerator: Accelerator, engine: Engine, reference: Reference, number: int, config: Config
 ) -> list[Finding]:
     """Adam's first moments and the updates of weights: of all ranks' shares together. Every rank must call this."""
-    allowed = TOLERANCES.get(config.train.mixed_precision, TOLERANCES["bf16"])
+    allowed = TOLERANCES[config.train.mixed_precision]
     held = engine.held()
     moments = {key.partition(".")[2]: one for key, one in held["optimizer"].items() if key.startswith("exp_avg.")}
     names, start = reference.weights(), reference.start

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import BIN, ROOT, execute, recipe_values, run_command, write_documents, write_recipe
+from conftest import BIN, ROOT, execute, prepare_recipe, run_command
 
 pytestmark = pytest.mark.distributed
 
@@ -24,16 +24,13 @@ ENGINES = ["ddp", pytest.param("zero1", marks=SLOW), "zero2", pytest.param("zero
 def recipe(tmp_path_factory):
     """Documents packed whole: micro-batches have different numbers of scored tokens. Every step clips."""
     folder = tmp_path_factory.mktemp("check")
-    write_documents(folder / "texts.jsonl", count=150)
-    values = recipe_values(
+    return prepare_recipe(
         folder,
+        150,
         data={"packing": "best_fit", "block_size": 48},
         optim={"lr": 3e-3, "max_grad_norm": 0.2, "schedule": "linear"},
         train={"max_steps": 20, "global_batch_size": 12, "micro_batch_size": 2},
     )
-    path = write_recipe(folder / "recipe.yaml", values)
-    assert run_command("prepare", path).code == 0
-    return path
 
 
 def check(recipe, engine, *overrides, processes=2, broken=None):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import launch, read_rows, recipe_values, run_command, write_documents, write_recipe
+from conftest import launch, prepare_recipe, read_rows
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.distributed
@@ -20,17 +20,14 @@ pytestmark = pytest.mark.distributed
 def run(tmp_path_factory):
     """run(world, mutant) -> rows of metrics and weights; each is launched once."""
     folder = tmp_path_factory.mktemp("packed")
-    write_documents(folder / "texts.jsonl", count=150)
-    values = recipe_values(
+    recipe = prepare_recipe(
         folder,
+        150,
         data={"packing": "best_fit", "block_size": 48},
         optim={"lr": 3e-3, "eps": 1e-6},  # why: test_world_size.py
         train={"max_steps": 6, "global_batch_size": 12, "log_every": 1, "isolate_documents": True},
         evaluate={"micro_batch_size": 2},
     )
-    recipe = write_recipe(folder / "recipe.yaml", values)
-    done = run_command("prepare", recipe)
-    assert done.code == 0, done.err
     splits = json.loads((folder / "prepared" / "manifest.json").read_text())["splits"]
     assert splits["train"]["padding"] > 0 and splits["eval"]["blocks"] % 6
 

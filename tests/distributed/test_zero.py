@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import launch, read_rows, recipe_values, run_command, write_documents, write_recipe
+from conftest import launch, prepare_recipe, read_rows
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.distributed
@@ -40,16 +40,13 @@ class Run:
 def run(tmp_path_factory):
     """run(config, processes, steps, mutant) -> Run; each is launched once. One process under ddp is the reference."""
     folder = tmp_path_factory.mktemp("zero")
-    write_documents(folder / "texts.jsonl", count=110)
-    values = recipe_values(
+    recipe = prepare_recipe(
         folder,
+        110,
         data={"eval_fraction": 0.05},
         optim={"lr": 3e-3, "eps": 1e-4, "max_grad_norm": MAX_NORM, "schedule": "cosine", "warmup_steps": 3},
         train={"global_batch_size": 12, "micro_batch_size": 2, "log_every": 1},
     )
-    recipe = write_recipe(folder / "recipe.yaml", values)
-    done = run_command("prepare", recipe)
-    assert done.code == 0, done.err
     blocks = json.loads((folder / "prepared" / "manifest.json").read_text())["splits"]["eval"]["blocks"]
 
     @functools.cache

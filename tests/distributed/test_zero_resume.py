@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, launch, read_rows, recipe_values, run_command, write_documents, write_recipe
+from conftest import TINY_MODEL, launch, prepare_recipe, read_rows, run_command
 
 from clm_dist.checkpoint import content
 from clm_dist.checkpoint.folder import Checkpoint
@@ -27,9 +27,9 @@ DROPOUT = {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1}  # masks go
 def recipe(tmp_path_factory):
     """A recipe with accumulation, dropout, clipping and saves; its data."""
     folder = tmp_path_factory.mktemp("resume")
-    write_documents(folder / "texts.jsonl", count=110)
-    values = recipe_values(
+    return prepare_recipe(
         folder,
+        110,
         data={"eval_fraction": 0.05},
         model={**TINY_MODEL, "config": {**TINY_MODEL["config"], **DROPOUT}},
         optim={"lr": 3e-3, "eps": 1e-4, "max_grad_norm": 0.5, "schedule": "cosine", "warmup_steps": 3},
@@ -37,10 +37,6 @@ def recipe(tmp_path_factory):
         checkpoint={"save_every": EVERY, "keep_last": 9},
         evaluate={"every_steps": 6},
     )
-    recipe = write_recipe(folder / "recipe.yaml", values)
-    done = run_command("prepare", recipe)
-    assert done.code == 0, done.err
-    return recipe
 
 
 @pytest.fixture(scope="module")
