@@ -63,13 +63,17 @@ class Saved:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def whole(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """A tensor of this shape; RunError where it was saved with another, or pieces of it have other elements together."""
+        """A tensor of this shape; RunError where it was saved with another."""
+        self.check_shape(name, shape)
+        return self.read(name, 0, prod(shape)).view(shape)
+
+    def check_shape(self, name: str, shape: torch.Size) -> None:
+        """RunError where a tensor was saved with another shape, or its pieces have other elements together."""
         first = self._pieces[name][0]
         if first.key == name and first.shape != tuple(shape):
             raise RunError(f"{name} was saved as {first.shape}, the model has {tuple(shape)}")
         if self.numel(name) != prod(shape):
             raise RunError(f"{name} was saved with {self.numel(name)} elements, the model has {tuple(shape)}")
-        return self.read(name, 0, prod(shape)).view(shape)
 
     def _of(self, piece: Piece, start: int, stop: int) -> torch.Tensor:
         """Elements of a stored tensor, of which only the rows that hold them are read."""

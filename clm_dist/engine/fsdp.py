@@ -78,6 +78,7 @@ class Fsdp(Engine):
         parameters: dict[str, Any] = dict(self.model.named_parameters())
         self.optimizer.state.clear()
         for name, (local, start) in mine.items():
+            model.check_shape(name, parameters[name].shape)
             if local.numel():
                 local.copy_(model.read(name, start, start + local.numel()).view(local.shape))
         for name, tensor in others.items():

@@ -76,6 +76,8 @@ class Zero(Engine):
     def load(self, model: Saved, optimizer: Saved) -> None:
         mine, rest = fragments(self.model), self._rest()
         content.check_names("weights", {*optimized(self.model), *rest}, model.names())
+        for name, parameter in self.plain.named_parameters():
+            model.check_shape(name, getattr(parameter, "ds_shape", parameter.shape))
         for fragment in mine:
             fragment.of(fragment.flat).copy_(model.read(fragment.name, fragment.start, fragment.stop))
         for name, tensor in rest.items():

@@ -16,7 +16,7 @@ BROKEN = {
     "data_of_another_rank": "blocks",
 }
 SLOW = pytest.mark.slow
-ENGINES = ["ddp", pytest.param("zero1", marks=SLOW), "zero2", pytest.param("zero3", marks=SLOW),
+ENGINES = [pytest.param("ddp", marks=SLOW), pytest.param("zero1", marks=SLOW), "zero2", pytest.param("zero3", marks=SLOW),
            pytest.param("zero3_offload", marks=SLOW), pytest.param("fsdp2", marks=SLOW)]  # fmt: skip
 
 
