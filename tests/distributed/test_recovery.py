@@ -215,15 +215,25 @@ def test_a_signal_to_one_rank(folder, tmp_path):
     assert compare(tmp_path / "run", folder / "reference") == []
 
 
+def alive(pid):
+    """Whether a process runs; nobody may be there to reap one whose launcher died."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
 def test_a_launcher_that_dies_of_a_signal(folder, tmp_path):
     """Without PET_SIGNALS_TO_HANDLE, SIGUSR1 kills it at once; its ranks find it gone, save, and leave."""
     heard_by_default = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT"}
     start = Start(folder / "recipe.yaml", tmp_path / "run", 2, heard_by_default)
     assert wait_for(lambda: reached(tmp_path / "run") >= 5, 60)
+    ranks = start.ranks()
     start.send(signal.SIGUSR1, "launcher")
     told = "stopped by the end of the launcher; saved at step"  # by rank 0; another may be the first to note its code
     assert wait_for(lambda: start.outcome.exists() and told in start.log.read_text(), 30), start.log.read_text()
+    assert wait_for(lambda: not any(alive(pid) for pid in ranks), 30)  # each notes its code at its own end
     assert start.wait() == 75
     assert Start(folder / "recipe.yaml", tmp_path / "run", 2).wait() == 0
     assert compare(tmp_path / "run", folder / "reference") == []
