@@ -57,6 +57,7 @@ def test_nothing_depends_on_the_processes(run, world):
         assert np.linalg.norm(cut[2][name] - expected) <= 1e-5 * np.linalg.norm(expected), name
 
 
+@pytest.mark.slow
 def test_mutant_tokens_counted_by_rank(run):
     """Each rank divides by the tokens of its own blocks, as if all had as many: DDP's mean of means."""
     losses, _, weights = run(1)

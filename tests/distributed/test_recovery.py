@@ -40,6 +40,7 @@ def faulty(folder, run, fault, *overrides):
     return done, time.monotonic() - began, failure
 
 
+@pytest.mark.slow
 def test_an_exception_on_one_rank_ends_all_and_is_named(folder, tmp_path):
     """In each phase of one run, one start after the other; then the run ends as if nothing had been."""
     run = tmp_path / "run"
