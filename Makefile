@@ -1,15 +1,17 @@
 # Two commands for everybody: `make demo` and `make test`. Both make .venv from Python 3.11 and the pinned constraints.
 PYTHON ?= python3.11
 VENV := .venv
+# two files at a time; a test that computes, computes on one core, for its neighbour has the other
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 
-.PHONY: demo test check test-slow test-nightly bench clean
+.PHONY: demo test check test-slow bench clean
 
 demo: $(VENV)/.installed  ## prepare, train with two processes, evaluate, generate, report
 	@bash launch/demo.sh
 
 test: $(VENV)/.installed-dev check  ## lint, types, and the tests that fit into a quarter of an hour
-	$(VENV)/bin/python -m pytest -m "not slow and not nightly"
+	$(PYTEST) -m "not slow"
 
 check: $(VENV)/.installed-dev  ## ruff, mypy, shellcheck
 	$(VENV)/bin/ruff check .
@@ -18,10 +20,7 @@ check: $(VENV)/.installed-dev  ## ruff, mypy, shellcheck
 	$(VENV)/bin/shellcheck launch/*.sh .ci/run
 
 test-slow: $(VENV)/.installed-peers  ## what CI runs on top: README commands, real data, peers' opinions
-	$(VENV)/bin/python -m pytest -m slow
-
-test-nightly: $(VENV)/.installed-dev  ## the longest proofs: kills and resharding under ZeRO
-	$(VENV)/bin/python -m pytest -m nightly
+	$(PYTEST) -m slow
 
 bench: $(VENV)/.installed-peers  ## ours and the peer in one run; results go to benchmarks/results/
 	$(VENV)/bin/python benchmarks/training.py

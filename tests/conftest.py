@@ -151,11 +151,16 @@ def write_recipe(path: Path, values: dict) -> Path:
 
 
 def prepare_recipe(folder: Path, documents: int, **sections: dict) -> Path:
-    """A recipe over so many short documents, which are prepared; keyword arguments as for `recipe_values`."""
+    """A recipe over so many short documents, which are prepared; keyword arguments as for `recipe_values`.
+
+    Prepared in this process: it is what a test begins with, not what it tests, and a process of its own costs seconds.
+    """
+    from clm_dist.preparation.prepare import prepare
+    from clm_dist.recipe import load
+
     write_documents(folder / "texts.jsonl", count=documents)
     recipe = write_recipe(folder / "recipe.yaml", recipe_values(folder, **sections))
-    done = run_command("prepare", recipe)
-    assert done.code == 0, done.err
+    prepare(load(recipe))
     return recipe
 
 
@@ -200,13 +205,10 @@ def desk(tmp_path, tokenizer):
 def trained(tmp_path_factory):
     """A folder with a prepared set and a finished one-process run; read only."""
     folder = tmp_path_factory.mktemp("trained")
-    write_documents(folder / "texts.jsonl")
     generate = {"prompts": ["the cat"], "max_new_tokens": 8}
-    train = {"max_steps": 30}
-    write_recipe(folder / "recipe.yaml", recipe_values(folder, generate=generate, train=train))
-    for command in ("prepare", "train"):
-        done = run_command(command, folder / "recipe.yaml")
-        assert done.code == 0, done.err
+    recipe = prepare_recipe(folder, 120, generate=generate, train={"max_steps": 30})
+    done = run_command("train", recipe)
+    assert done.code == 0, done.err
     return folder
 
 

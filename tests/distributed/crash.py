@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import ROOT, launch_command, read_rows, recipe_values, run_command, write_documents, write_recipe
+from conftest import ROOT, launch_command, prepare_recipe, read_rows, run_command
 from safetensors.numpy import load_file
 
 HEARD = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"}  # as launch/local.sh has it
@@ -29,20 +29,16 @@ DROPOUT = {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1}
 
 def prepare(folder: Path, steps: int, **train) -> Path:
     """Prepared data, and a recipe in which much happens: accumulation, evaluations, saves every few steps."""
-    write_documents(folder / "texts.jsonl", count=200)
     model = {"config": {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64, **DROPOUT}}
-    values = recipe_values(
+    return prepare_recipe(
         folder,
+        200,
         model=model,
         optim={"lr": 3e-3, "schedule": "cosine", "warmup_steps": 10},
         train={"max_steps": steps, "micro_batch_size": 2, "log_every": 3, "hang_seconds": 60, **train},
         checkpoint={"save_every": 7, "keep_last": 2},
         evaluate={"every_steps": 20},
     )
-    recipe = write_recipe(folder / "recipe.yaml", values)
-    done = run_command("prepare", recipe)
-    assert done.code == 0, done.err
-    return recipe
 
 
 class Start:

@@ -6,7 +6,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import ROOT, launch, launch_command, read_rows, recipe_values, run_command, write_documents, write_recipe
+from conftest import ROOT, launch, launch_command, prepare_recipe, read_rows
 
 pytestmark = pytest.mark.distributed
 
@@ -14,9 +14,7 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exit")
-    write_documents(folder / "texts.jsonl", count=60)
-    write_recipe(folder / "recipe.yaml", recipe_values(folder, train={"max_steps": 1}))
-    assert run_command("prepare", folder / "recipe.yaml").code == 0
+    prepare_recipe(folder, 60, train={"max_steps": 1})
     return folder
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import launch, read_rows, recipe_values, run_command, write_documents, write_recipe
+from conftest import launch, prepare_recipe, read_rows
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.distributed
@@ -28,15 +28,11 @@ SHAPES = {
 def folder(tmp_path_factory):
     """Prepared data whose blocks are no multiple of the global batch, so that steps straddle epochs."""
     folder = tmp_path_factory.mktemp("worlds")
-    write_documents(folder / "texts.jsonl", count=110)
     train = {"max_steps": 8, "global_batch_size": GLOBAL_BATCH, "log_every": 1}
     # Adam divides each gradient by its own size, down to eps. A key's bias has no true gradient (softmax does not see a
     # shift), only rounding of about 1e-10, which eps=1e-8 would blow up to a hundredth of a full step.
     optim = {"lr": 3e-3, "eps": 1e-6}
-    values = recipe_values(folder, train=train, evaluate={"micro_batch_size": 2, "every_steps": 4}, optim=optim)
-    write_recipe(folder / "recipe.yaml", values)
-    done = run_command("prepare", folder / "recipe.yaml")
-    assert done.code == 0, done.err
+    prepare_recipe(folder, 110, train=train, evaluate={"micro_batch_size": 2, "every_steps": 4}, optim=optim)
     blocks = json.loads((folder / "prepared" / "manifest.json").read_text())["splits"]["train"]["blocks"]
     assert blocks % GLOBAL_BATCH and blocks < 8 * GLOBAL_BATCH  # steps straddle an epoch's end
     return folder

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, launch, recipe_values, run_command, write_documents, write_recipe
+from conftest import TINY_MODEL, launch, prepare_recipe
 from safetensors.torch import load_file
 
 from clm_dist.checkpoint.saved import Saved
@@ -30,11 +30,9 @@ def exported(request, tmp_path_factory):
         "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_machines: 1\nnum_processes: 2\n"
         f"deepspeed_config: {{deepspeed_config_file: {folder / 'ds.json'}, zero3_init_flag: false}}\n"
     )
-    write_documents(folder / "texts.jsonl", count=40)
     model = {**TINY_MODEL, "config": {**TINY_MODEL["config"], "n_layer": 6, "n_embd": 48}}
     train = {"global_batch_size": 8, "micro_batch_size": 2, "max_steps": 3, "mixed_precision": request.param}
-    recipe = write_recipe(folder / "recipe.yaml", recipe_values(folder, model=model, train=train))
-    assert run_command("prepare", recipe).code == 0
+    recipe = prepare_recipe(folder, 40, model=model, train=train)
     script = Path(__file__).parent / "engines.py"
     done = launch(2, "export", recipe, folder, script=script, config=str(folder / "zero3"))
     assert done.code == 0, done.err

@@ -10,7 +10,7 @@ from crash import Start, compare, crash_test, prepare, wait_for
 from test_recovery import FAULTY, last, reached
 
 pytest.importorskip("deepspeed")
-pytestmark = [pytest.mark.distributed, pytest.mark.nightly]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 STEPS = 16
 
 

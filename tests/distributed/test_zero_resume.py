@@ -16,7 +16,7 @@ from clm_dist.checkpoint.folder import Checkpoint
 from clm_dist.checkpoint.saved import Saved
 
 pytest.importorskip("deepspeed")
-pytestmark = [pytest.mark.distributed, pytest.mark.nightly]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 SCRIPT = Path(__file__).parent / "held.py"
 STEPS, EVERY = 12, 4
