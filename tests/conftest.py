@@ -160,7 +160,7 @@ def prepare_recipe(folder: Path, documents: int, **sections: dict) -> Path:
 
     write_documents(folder / "texts.jsonl", count=documents)
     recipe = write_recipe(folder / "recipe.yaml", recipe_values(folder, **sections))
-    prepare(load(recipe))
+    prepare(load(recipe, []))
     return recipe
 
 
