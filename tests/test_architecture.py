@@ -27,7 +27,10 @@ MAY_KNOW = {
     "__main__": {"cli"},
 }
 PURE = [
-    "config.py",
+    "config/__init__.py",
+    "config/data.py",
+    "config/learning.py",
+    "config/results.py",
     "disagreements.py",
     "errors.py",
     "recipe.py",

@@ -1,0 +1,133 @@
+"""The commands as the command line shows them: what each takes, its options, and what an interruption leaves."""
+
+from typing import Any
+
+DESCRIPTION = """Train causal language models on many processes: exact order, exact loss, exact perplexity.
+
+  clm-dist prepare  RECIPE   text to blocks of token ids on disk, once
+  clm-dist data inspect DIR  what prepared data holds; data verify DIR: whether it is what was written
+  clm-dist plan     RECIPE   what of it fits on which GPUs, and the command to launch it
+  clm-dist train    RECIPE   train, evaluate, export; many processes by `accelerate launch ... -m clm_dist train RECIPE`
+  clm-dist check    RECIPE   whether a launch learns what one plain process would, on the first steps
+  clm-dist evaluate RECIPE   exact loss and perplexity of any model on the recipe's held-out text
+  clm-dist verify   RUN      whether every block was seen as planned, over all restarts; where the time went
+  clm-dist replay   RUN STEP a step whose loss or gradient was bad, again
+  clm-dist generate MODEL    text from a model folder or Hub id
+  clm-dist report   RUN      one HTML page of a run
+
+`clm-dist COMMAND --help` shows each command's settings."""
+
+REVISION = {"help": "commit or tag of the model on the Hub (default: the newest)"}
+DEEPSPEED = {
+    "metavar": "JSON",
+    "help": "DeepSpeed configuration, where another launcher than Accelerate's started the processes",
+}
+# command -> summary, what it is given, what that is, options
+COMMANDS: dict[str, tuple[str, str, str, dict[str, dict[str, Any]]]] = {
+    "prepare": (
+        *("text to blocks of token ids on disk", "RECIPE", "YAML recipe"),
+        {
+            "--workers": {"type": int, "metavar": "N", "help": "processes that tokenise (default: one a core)"},
+            "--encoder": {
+                "choices": ("fastokens", "tiktoken", "tokenizers", "transformers"),
+                "help": "what tokenises (default: the fastest that gives the tokenizer's own ids; they are the same)",
+            },
+            "--shard": {
+                "metavar": "I/N",
+                "help": "do only part I (from 0) of N, as a job array does; who comes last puts all parts together",
+            },
+            "--status": {"action": "store_true", "help": "say what is done and what is missing; do nothing"},
+        },
+    ),
+    "data inspect": (
+        *("manifest, lengths and single blocks of prepared data", "FOLDER", "prepared data (data.prepared_dir)"),
+        {
+            "--block": {"type": int, "metavar": "N", "help": "show the text of this block (from 0)"},
+            "--split": {"choices": ("train", "eval"), "default": "train", "help": "of this split (default train)"},
+        },
+    ),
+    "data verify": (
+        *("reread prepared data against its check sums", "FOLDER", "prepared data (data.prepared_dir)"),
+        {},
+    ),
+    "plan": (
+        *(
+            "memory, communication and time on GPUs that you need not have; and which way to launch",
+            "RECIPE",
+            "YAML recipe",
+        ),
+        {
+            "--gpus": {"type": int, "required": True, "metavar": "N", "help": "GPUs of all nodes together"},
+            "--gpu-memory": {"type": float, "required": True, "metavar": "GIB", "help": "memory of each, e.g. 80"},
+            "--nodes": {"type": int, "default": 1, "metavar": "N", "help": "machines that they stand in (default 1)"},
+            "--cpu-memory": {"type": float, "metavar": "GIB", "help": "memory of each machine, for offload"},
+            "--tflops": {
+                "type": float,
+                "metavar": "X",
+                "help": "10^12 operations a second that one GPU really does, measured or stated; for times",
+            },
+            "--json": {"action": "store_true", "help": "everything as JSON, in bytes and seconds"},
+        },
+    ),
+    "train": (
+        *("train, evaluate each epoch, export", "RECIPE", "YAML recipe"),
+        {
+            "--dry-run": {
+                "action": "store_true",
+                "help": "check everything, print the arithmetic, start nothing (WORLD_SIZE=N: as N processes)",
+            },
+            "--overwrite": {"action": "store_true", "help": "replace the run in run_dir, if there is one"},
+            "--deepspeed": DEEPSPEED,
+        },
+    ),
+    "check": (
+        *("whether this launch learns what one plain process would; begins no run", "RECIPE", "YAML recipe"),
+        {"--deepspeed": DEEPSPEED},
+    ),
+    "replay": (
+        *("an offending step of a run again, in one process", "RUN", "run folder"),
+        {"step": {"type": int, "metavar": "STEP", "help": "one of those in RUN/offending"}},
+    ),
+    "verify": (
+        *("whether a run did what it says: data, checkpoints, metrics; and where its time went", "RUN", "run folder"),
+        {},
+    ),
+    "evaluate": (
+        *("exact loss and perplexity on the held-out text", "RECIPE", "YAML recipe, or a run's config.yaml"),
+        {
+            "--model": {"help": "model folder or Hub id (default: the recipe's run_dir/model)"},
+            "--revision": REVISION,
+            "--output": {
+                "help": "JSON file for the figures (default, for the run's own model: run_dir/evaluation.json)"
+            },
+        },
+    ),
+    "generate": (
+        *("text from a model", "MODEL", "model folder or Hub id"),
+        {
+            "overrides": {"nargs": "*", "metavar": "generate.field=value", "help": "e.g. generate.top_k=40"},
+            "--prompt": {"action": "append", "default": [], "help": "text to continue; may be given several times"},
+            "--prompts-file": {"help": "file with one prompt a line"},
+            "--revision": REVISION,
+            "--output": {"help": "write JSON lines {prompt, text} here instead of the terminal"},
+            "--seed": {"type": int, "default": 42, "help": "the same seed gives the same text (default 42)"},
+        },
+    ),
+    "report": (
+        *("one self-contained HTML page of a run", "RUN", "run folder"),
+        {"--output": {"help": "HTML file (default: RUN/report.html)"}},
+    ),
+}
+INTERRUPTED = {
+    "prepare": "what was finished is kept, and the same command goes on from there",
+    "data inspect": "nothing was written",
+    "data verify": "nothing was written",
+    "plan": "nothing was written",
+    "train": "nothing was trained yet",
+    "check": "nothing was written",
+    "replay": "nothing was written",
+    "verify": "nothing was written",
+    "evaluate": "nothing was written",
+    "generate": "texts finished before are kept",
+    "report": "nothing was written",
+}

@@ -1,0 +1,65 @@
+"""`plan`, `train`, `check`, `replay`."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from clm_dist import recipe
+from clm_dist.commands.common import name_deepspeed, quiet_libraries, refuse_launcher, settled
+from clm_dist.watch.watch import Watch
+
+
+def plan(args: argparse.Namespace) -> None:
+    """What a run takes, before there is one."""
+    refuse_launcher("plan")
+    config = recipe.load(args.recipe, args.overrides)
+    quiet_libraries()
+    from clm_dist.planning.plan import plan_run
+    from clm_dist.planning.planner import Cluster
+    from clm_dist.planning.table import text_of
+
+    cluster = Cluster(args.gpus, args.gpu_memory, args.nodes, args.cpu_memory, args.tflops)
+    outlook = plan_run(config, cluster, args.recipe, args.overrides)
+    print(json.dumps(outlook.as_json(), indent=2) if args.json else text_of(outlook))
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains on the prepared blocks, or goes on with that."""
+    watch = Watch()
+    if not args.dry_run:
+        watch.start()
+    config = recipe.load(args.recipe, args.overrides)
+    quiet_libraries()
+    config = settled(config)
+    name_deepspeed(args)
+    from clm_dist.training.job import open_job
+    from clm_dist.training.train import train as train_model
+
+    if args.dry_run:
+        job = open_job(config, args.overwrite)
+        print("\n".join([str(job.plan), *job.sharding.lines()]))
+    else:
+        train_model(config, args.overwrite, watch)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Whether this launch learns what one plain process would."""
+    config = recipe.load(args.recipe, args.overrides)
+    quiet_libraries()
+    config = settled(config)
+    name_deepspeed(args)
+    from clm_dist.training.check import check as check_launch
+
+    lines = check_launch(config)
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(lines), flush=True)
+
+
+def replay(args: argparse.Namespace) -> None:
+    """An offending step again, in one process."""
+    refuse_launcher("replay")
+    quiet_libraries()
+    from clm_dist.training.replay import replay as replay_step
+
+    print("\n".join(replay_step(Path(args.run), args.step)))

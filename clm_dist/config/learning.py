@@ -1,0 +1,137 @@
+"""`model`, `optim`, `train`, `checkpoint`: what is learned, and what keeps it."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, field_validator
+
+from clm_dist.config.section import Section
+from clm_dist.fields import Count, Location, Policy, Seconds, numbers
+
+
+class ModelConfig(Section):
+    """Which model: `name` (a folder or Hub id), or `type` with random weights."""
+
+    name: Location | None = Field(None, description="Folder or Hub id of a causal language model.")
+    revision: str | None = Field(None, description="Commit or tag of `name` on the Hub. None: the newest.")
+    from_scratch: bool = Field(False, description="Take only the configuration of `name`; random weights.")
+    type: str | None = Field(
+        None, description="Architecture to build from scratch, e.g. gpt2 (a transformers model_type)."
+    )
+    config: Annotated[dict[str, Any], AfterValidator(numbers)] = Field(
+        default_factory=dict,
+        description="Settings of the model's own configuration, e.g. model.config.n_layer=4.",
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with `name`. Off: it can do anything."
+    )
+
+
+class OptimConfig(Section):
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) and the learning-rate schedule."""
+
+    lr: float = Field(5e-5, gt=0, description="Peak learning rate. 5e-5 is Trainer's default for fine-tuning.")
+    weight_decay: float = Field(
+        0.01,
+        ge=0,
+        description="Decoupled decay of matrices and embeddings; biases and norms have none. The guide's value.",
+    )
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment; 0.95 is usual for large batches.")
+    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="Global gradient norm to clip at; Trainer's default. null: no clipping."
+    )
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
+        "linear",
+        description="Shape after warm-up: to min_lr_ratio at max_steps. wsd: constant, then linear over decay_steps.",
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear rise from lr/warmup_steps to lr.")
+    decay_steps: int | None = Field(
+        None, ge=1, description="Length of the final decay, in steps; for schedule=wsd only."
+    )
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Floor of the decay as a share of lr. 0 is Trainer's.")
+
+
+class TrainConfig(Section):
+    """How long, in which batches. The number of processes belongs to `accelerate launch`, not here."""
+
+    epochs: float | None = Field(None, gt=0, description="Passes over the training blocks (or set max_steps).")
+    max_steps: Count | None = Field(None, description="Optimizer updates (or set epochs).")
+    global_batch_size: Count = Field(
+        8,
+        description="Sequences per step over all processes, at every world size. 8 is Trainer's on one device.",
+    )
+    micro_batch_size: Count | None = Field(
+        None,
+        description="Sequences per process per forward (B); lower it when memory is short: accumulation makes up for it "
+        "and the result stays, but for dropout, whose masks go by it. None: global_batch_size / number of processes.",
+    )
+    mixed_precision: Literal["auto", "no", "bf16", "fp16", "fp8"] = Field(
+        "auto",
+        description="Precision of forward and backward; the optimizer's weights, its states and all sums stay fp32. auto: "
+        "bf16 on a GPU that has it, else no (fp32). fp16 scales the loss and needs a GPU; fp8 is experimental.",
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="Keep only each block's input for backward and compute the rest again: less memory, a third more "
+        "computation, the same result.",
+    )
+    isolate_documents: bool = Field(
+        False,
+        description="Attention, positions and loss stop where a document ends within a block; evaluation likewise. Models "
+        "that cannot are refused.",
+    )
+    log_every: Count = Field(10, description="Steps between log lines.")
+    resume: Location = Field(
+        "auto",
+        description="auto: go on from the newest whole checkpoint of run_dir, or begin where there is none; never: refuse a "
+        "folder that holds a run; or the path of a checkpoint.",
+    )
+    resume_changes: tuple[str, ...] = Field(
+        (),
+        description="Fields that may differ from the checkpoint's although they change what is learned, e.g. [optim.lr].",
+    )
+    stop_after: Seconds | None = Field(
+        None,
+        description="Wall-clock limit of this start of the run (seconds, 90m, 4h, 3:55:00): saves and leaves before it. "
+        "None: the end of the Slurm job, where there is one.",
+    )
+    on_nonfinite: Policy = Field(
+        "stop",
+        description="A loss or gradient that is no finite number: save and stop; withhold the update and go on; or go back "
+        "to the last checkpoint and past the data up to here.",
+    )
+    on_spike: Literal["ignore", "stop", "skip", "rewind"] = Field(
+        "ignore", description="The same for a loss far above those of the last 64 steps."
+    )
+    spike_deviations: float = Field(
+        6.0, gt=0, description="How far is far: standard deviations of the last 64 losses above their mean."
+    )
+    compare_ranks_every: Count = Field(
+        100, description="Steps between comparisons of weights, learning rate and data position over all processes."
+    )
+    hang_seconds: float = Field(
+        600,
+        gt=0,
+        description="A process that gets no further for so long is named with its stack, and the run ends. Longer than the "
+        "longest evaluation batch, export or save.",
+    )
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        """YAML 1.1 reads a bare `no` as false."""
+        return "no" if value is False else value
+
+
+class CheckpointConfig(Section):
+    """How often the state of a run is saved, and what is kept of it."""
+
+    save_every: Count = Field(500, description="Steps between checkpoints; the last step and every stop save too.")
+    keep_last: Count = Field(2, description="Newest checkpoints to keep. Two: one may turn out to be damaged.")
+    keep_every: Count | None = Field(None, description="Keep those of every so many steps for good.")
+    keep_best: int = Field(0, ge=0, description="Keep so many with the lowest evaluation loss at their own step.")
+    asynchronous: bool = Field(
+        True,
+        description="Training goes on from a copy in memory while a checkpoint is written. Costs its size in memory.",
+    )

@@ -1,0 +1,51 @@
+"""`evaluate`, `generate`, `track`, `publish`: what is seen of a run, and what leaves it."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from clm_dist.config.section import Section
+from clm_dist.fields import Count
+
+
+class EvaluateConfig(Section):
+    """Exact evaluation: every block of the evaluation split once, whatever the number of processes."""
+
+    every_steps: Count | None = Field(None, description="Steps between evaluations. None: at the end of each epoch.")
+    micro_batch_size: Count = Field(8, description="Sequences per forward. 8 is Trainer's default.")
+
+
+class GenerateConfig(Section):
+    """Sampling, for `generate`, for samples at each evaluation, and as the exported model's default."""
+
+    prompts: tuple[str, ...] = Field((), description="Continued at every evaluation; shown in the report.")
+    max_new_tokens: Count = Field(100, description="Tokens to add at most. 100 is the guide's.")
+    do_sample: bool = Field(True, description="Draw from the distribution; false: always the likeliest token.")
+    temperature: float = Field(
+        1.0, gt=0, description="Divides the logits before sampling; 1 leaves the model as trained."
+    )
+    top_k: int = Field(50, ge=0, description="Sample among the k likeliest tokens; 0: all. The guide's value.")
+    top_p: float = Field(
+        0.95,
+        gt=0,
+        le=1,
+        description="Sample among the likeliest tokens of this total probability. The guide's.",
+    )
+
+
+class TrackConfig(Section):
+    """Dashboards on top of metrics.jsonl, which is always written."""
+
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="Any of tensorboard, wandb.")
+    project: str = Field("clm-dist", description="Project name shown by the dashboard.")
+    wandb_mode: Literal["offline", "online"] = Field(
+        "offline",
+        description="offline writes into the run folder for a later `wandb sync`: compute nodes rarely have a route.",
+    )
+
+
+class PublishConfig(Section):
+    """What the model card of the exported folder says beside the measured figures."""
+
+    language: str = Field("en", description="Language tag of the text.")
+    license: str | None = Field(None, description="License identifier, e.g. apache-2.0. None: the card names none.")

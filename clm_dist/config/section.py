@@ -1,0 +1,9 @@
+"""A part of the tree, as all of them are."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A frozen part of the tree; unknown keys are refused (and reported with the nearest name)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
