@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from clm_dist.config import Config
+from clm_dist.config import Config, OptimConfig
 
 
 def disagreements(config: Config) -> list[str]:
@@ -67,10 +67,13 @@ def _about_training(config: Config) -> Iterator[str]:
             "which needs it; change one of them"
         )
     if train.max_steps is not None and optim.warmup_steps + (optim.decay_steps or 0) > train.max_steps:
-        yield (
-            f"optim.warmup_steps={optim.warmup_steps} and decay_steps={optim.decay_steps or 0} do not fit into "
-            f"train.max_steps={train.max_steps}; shorten them"
-        )
+        yield (f"{lengths(optim)} into train.max_steps={train.max_steps}; shorten that, or train longer")
+
+
+def lengths(optim: OptimConfig) -> str:
+    """Which parts of the schedule are too long, and their verb."""
+    warmup, decay = f"optim.warmup_steps={optim.warmup_steps}", f"optim.decay_steps={optim.decay_steps}"
+    return f"{warmup} and {decay} do not fit" if optim.decay_steps else f"{warmup} does not fit"
 
 
 def divisors(number: int) -> str:

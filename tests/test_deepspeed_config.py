@@ -34,18 +34,25 @@ BAD = {
     "optimizer": (
         two(optimizer={"type": "AdamW", "params": {"lr": 0.001, "betas": [0.9, 0.95]}}),
         'the optimizer block of type "AdamW" (lr=0.001 there, optim.lr=0.01 here; betas=[0.9, 0.95] there, optim.beta1=0.9 '
-        "and optim.beta2=0.999 here) would stand beside the recipe's AdamW with optim.lr, beta1, beta2, eps; "
-        "remove the block",
+        "and optim.beta2=0.999 here): AdamW is set by optim.*; remove the block, and keep the recipe's settings",
     ),
     "muon": (
         two(optimizer={"type": "Muon"}),
-        'the optimizer block of type "Muon" would stand beside the recipe\'s AdamW with optim.lr, beta1, beta2, eps; '
-        "remove the block",
+        'the optimizer block of type "Muon": AdamW is set by optim.*; remove the block, and keep the recipe\'s settings',
     ),
     "scheduler": (
         two(scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": 10}}),
-        'the scheduler block of type "WarmupLR" (warmup_num_steps=10 there, optim.warmup_steps=0 here) would stand beside '
-        "the recipe's optim.schedule, a function of the step; remove the block",
+        'the scheduler block of type "WarmupLR" (warmup_num_steps=10 there, optim.warmup_steps=0 here): the learning rate '
+        "is optim.schedule's; remove the block, and set optim.schedule=constant for the same course",
+    ),
+    "the Trainer's blocks": (
+        two(optimizer={"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto"}}),
+        'the optimizer block of type "AdamW": AdamW is set by optim.*; remove the block, and keep the recipe\'s settings',
+    ),
+    "a scheduler of the recipe's course": (
+        two(scheduler={"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}}),
+        'the scheduler block of type "WarmupDecayLR": the learning rate is optim.schedule\'s; remove the block, and keep '
+        "the recipe's settings",
     ),
     "gathering": (
         stage(3, **{GATHER: False}),
@@ -136,6 +143,25 @@ BAD = {
     "nvme without a path": (
         stage(3, offload_param={"device": "nvme"}),
         "zero_optimization.offload_param.device=nvme without nvme_path; add the path of a folder on a local disk",
+    ),
+    "nvme": (
+        stage(3, offload_optimizer={"device": "nvme", "nvme_path": "/nvme"}),
+        "zero_optimization.offload_optimizer.device=nvme: what lies on a disk cannot be put into a checkpoint yet, and "
+        "every run saves; write cpu",
+    ),
+    "round robin": (
+        stage(2, round_robin_gradients=True),
+        "zero_optimization.round_robin_gradients=true is refused: partitions then lie in another order than DeepSpeed's own "
+        "books say, by which checkpoints are written; leave the key out",
+    ),
+    "buffers in 16 bits": (
+        two(data_types={"buffer_dtype": "bf16"}),
+        'data_types.buffer_dtype="bf16" is refused: buffers, such as the frequencies of rotary positions, stay as they are '
+        "exported; leave the key out",
+    ),
+    "an odd bucket": (
+        stage(2, allgather_bucket_size=200_000_001),
+        "zero_optimization.allgather_bucket_size=200000001 must be even for DeepSpeed; write 200000000",
     ),
     "a path without nvme": (
         stage(3, offload_optimizer={"device": "cpu", "nvme_path": "/nvme"}),

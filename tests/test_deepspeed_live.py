@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from zero import config, shipped
 
-from clm_dist.planning.deepspeed_live import live_differences
+from clm_dist.planning.deepspeed_live import live_differences, optimizer_differences
 
 
 def engine(values, **changes):
@@ -38,7 +38,9 @@ def engine(values, **changes):
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3"])
 def test_a_live_engine_as_resolved(name, tmp_path):
     values = shipped(name, tmp_path).values
-    assert live_differences(values, engine(values), config(tmp_path).optim) == []
+    live = engine(values)
+    assert live_differences(values, live) == []
+    assert optimizer_differences(live.optimizer.param_groups, config(tmp_path).optim) == []
 
 
 LIVE = {
@@ -52,15 +54,26 @@ LIVE = {
         {"optimizer": {"cpu_offload": True}},
         "offload_optimizer.device was resolved to null but .* holds true",
     ),
-    "lr": (
-        {"optimizer": {"param_groups": [{"lr": 1.0, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}]}},
-        "optim.lr was resolved to 0.01 but .* holds 1.0 .optimizer.param_groups.0..lr",
+}
+GROUP = {"lr": 0.01, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01}
+GROUPS = {
+    "lr": ([{**GROUP, "lr": 1.0}], "optim.lr was resolved to 0.01 but .* holds 1.0 .optimizer.param_groups.0..lr"),
+    "no decay": (
+        [{**GROUP, "weight_decay": 0.0}],
+        "optim.weight_decay was resolved to 0.01 but .* holds 0.0 .*groups.0",
     ),
+    "decay of biases": ([GROUP, GROUP], "optim.weight_decay was resolved to 0.0 but .* holds 0.01 .*groups.1"),
 }
 
 
 @pytest.mark.parametrize(("changes", "message"), LIVE.values(), ids=LIVE)
 def test_a_live_engine_that_differs(changes, message, tmp_path):
     values = shipped("zero2", tmp_path).values
-    (difference,) = live_differences(values, engine(values, **dict(changes)), config(tmp_path).optim)
+    (difference,) = live_differences(values, engine(values, **dict(changes)))
+    assert re.search(message, difference), difference
+
+
+@pytest.mark.parametrize(("groups", "message"), GROUPS.values(), ids=GROUPS)
+def test_an_optimizer_that_differs(groups, message, tmp_path):
+    (difference,) = optimizer_differences(groups, config(tmp_path).optim)
     assert re.search(message, difference), difference

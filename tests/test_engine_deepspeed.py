@@ -62,14 +62,32 @@ def test_a_lock_in_a_folder_of_the_users_is_named_and_stays(tmp_path, monkeypatc
     assert lock.exists() and built == []
 
 
+def test_a_lock_that_we_left_in_a_folder_of_the_users_is_removed(tmp_path, monkeypatch, built):
+    """A build of ours that was killed: the guard still says that one began."""
+    lock = left_lock(tmp_path)
+    (tmp_path / ".clm-dist.lock").write_text("process 1 builds\n")
+    monkeypatch.setenv(ours.EXTENSIONS, str(tmp_path))
+    ours.build_extension()
+    assert not lock.exists() and built == [False]
+    assert (tmp_path / ".clm-dist.lock").read_text() == ""  # it ended
+
+
+def test_two_environments_do_not_share_a_folder(own, monkeypatch):
+    folder, _ = own
+    monkeypatch.setattr(sys, "prefix", "/another/environment")
+    assert ours.extensions_folder() != folder
+
+
 def test_a_lock_in_our_own_folder_is_removed_and_said(own, capsys, built):
     _, lock = own
     ours.build_extension()
-    assert capsys.readouterr().out == f"removed {lock}, which a build that was killed left behind\n"
+    removed, compiling = capsys.readouterr().out.splitlines()
+    assert removed == f"removed {lock}, which a build that was killed left behind"
+    assert compiling.startswith("compiling what DeepSpeed needs on CPUs, once, into ")
     assert not lock.exists() and built == [False]
 
 
-def test_a_build_that_lives_is_waited_for(own, monkeypatch, built):
+def test_a_build_that_lives_is_waited_for(own, monkeypatch, capsys, built):
     """Its lock is torch's own, and no stale one: nothing is looked at before the guard is free."""
     folder, lock = own
     command = [sys.executable, "-c", BUILDS, str(folder / ".clm-dist.lock")]
@@ -79,7 +97,9 @@ def test_a_build_that_lives_is_waited_for(own, monkeypatch, built):
 
         def flock(file, how):
             with pytest.raises(BlockingIOError):
-                original(file, how | fcntl.LOCK_NB)
+                original(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if how & fcntl.LOCK_NB:
+                original(file, how)
             assert lock.exists() and built == []
             waited.append(how)
             lock.unlink()  # the build ends well, and its process with it
@@ -89,6 +109,7 @@ def test_a_build_that_lives_is_waited_for(own, monkeypatch, built):
         monkeypatch.setattr(fcntl, "flock", flock)
         ours.build_extension()
     assert waited == [fcntl.LOCK_EX] and built == [False]
+    assert "waiting for the process that compiles into" in capsys.readouterr().out
 
 
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b": torch.full((2,), float("nan"))}

@@ -25,7 +25,7 @@ def test_a_table_before_anything_is_prepared(recipe, capsys):
         "gpt2: 37,120 parameters, bf16, blocks of 16 tokens, 12 sequences = 192 tokens per step",
         "2 GPUs of 24 GiB; 21.6 GiB of each can be planned with",
         "steps and tokens per epoch are not known: nothing is prepared in",
-        "recommended: ddp, micro-batch 6, 1 micro-steps per step",
+        "recommended: ddp, micro-batch 6, 1 micro-step per step",
         "time: not known; give --tflops X",
         f"accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 -m clm_dist train {recipe} "
         "train.micro_batch_size=6",

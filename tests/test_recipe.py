@@ -95,7 +95,7 @@ def test_all_problems_at_once_with_the_nearest_names(tmp_path):
         ({"train": {"micro_batch_size": 5}}, "set a micro_batch_size among 1, 2, 3, 4, 6, 12"),
         ({"optim": {"schedule": "wsd"}}, "decay_steps is for wsd, which needs it"),
         ({"optim": {"decay_steps": 3}}, "decay_steps is for wsd"),
-        ({"optim": {"warmup_steps": 7}}, "do not fit into train.max_steps=6"),
+        ({"optim": {"warmup_steps": 7}}, "optim.warmup_steps=7 does not fit into train.max_steps=6"),
     ],
 )
 def test_fields_that_disagree(tmp_path, sections, needle):
@@ -206,4 +206,4 @@ def test_a_missing_section_does_not_hide_the_rest(tmp_path):
     found = problems(values, tmp_path=tmp_path)
     assert any(text.startswith("model is missing") for text in found)
     assert any(text.startswith("data.source is missing") for text in found)
-    assert any("do not fit into train.max_steps=6" in text for text in found)
+    assert any("does not fit into train.max_steps=6" in text for text in found)

@@ -61,8 +61,27 @@ def test_fsdp(ask):
     assert "fp16 is not supported under FSDP2; set bf16 or no" in str(caught.value)
 
 
-def test_one_process_shares_nothing(ask):
-    with pytest.raises(ConfigError, match="FSDP2 needs several processes, and one was started"):
+def test_what_an_fsdp_section_asks_for_in_vain(ask):
+    """All of it at once; what Accelerate puts there of itself is let pass."""
+    usual = {
+        "FSDP_OFFLOAD_PARAMS": "false",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    }
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2"}
+    assert ask(**fsdp, **usual).kind == "fsdp2"
+    with pytest.raises(ConfigError) as caught:
+        ask(FSDP_OFFLOAD_PARAMS="true", FSDP_ACTIVATION_CHECKPOINTING="true", FSDP_AUTO_WRAP_POLICY="SIZE_BASED_WRAP")
+    needles = [
+        "fsdp_offload_params=true",
+        "fsdp_activation_checkpointing=true",
+        "fsdp_auto_wrap_policy=SIZE_BASED_WRAP",
+    ]
+    assert len(caught.value.problems) == 3 and all(needle in str(caught.value) for needle in needles)
+
+
+def test_a_sharding_engine_needs_a_launcher(ask):
+    with pytest.raises(ConfigError, match="FSDP2 needs a launcher, for one process too"):
         ask(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
 
 

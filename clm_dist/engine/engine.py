@@ -33,6 +33,11 @@ class Engine(ABC):
         """Whether the loss is scaled (fp16): gradients then overflow now and then by design."""
         return False
 
+    @property
+    def overflowed(self) -> bool:
+        """Whether the newest update was left out, because gradients were too large for the scale of the loss (fp16)."""
+        return False
+
     def set_lr(self, lr: float) -> None:
         """Of every parameter group."""
         for group in self.optimizer.param_groups:

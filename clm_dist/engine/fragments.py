@@ -74,6 +74,20 @@ def fragments(engine: Any) -> list[Fragment]:
     return found
 
 
+def frozen(engine: Any) -> list[Fragment]:
+    """What this rank holds of parameters that stage 3 shards and nobody updates; at other stages every rank has them."""
+    names, zero = _names(engine), engine.optimizer
+    if engine.zero_optimization_stage() < 3:
+        return []
+    found = []
+    for parameter in set(names) - {one for group in zero.fp16_groups for one in group}:
+        flat = parameter.ds_tensor.view(-1)
+        start = zero._get_param_partition_rank(parameter) * flat.numel()
+        if (numel := min(flat.numel(), parameter.ds_numel - start)) > 0:
+            found.append(Fragment(names[parameter], start, numel, flat, 0))
+    return found
+
+
 def optimizer_state(optimizer: torch.optim.Optimizer, mine: list[Fragment]) -> Tensors:
     """What the optimizer remembers of this rank's fragments. Numbers (of steps) once, by who holds the first element."""
     held: Tensors = {}

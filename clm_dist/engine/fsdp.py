@@ -3,6 +3,7 @@
 Accelerate would refuse it on a CPU and shard by a policy of its own; the call is one line, and the same on every device.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -116,7 +117,7 @@ class Fsdp(Engine):
         for name, tensor in content.weights(self.model).items():
             if isinstance(tensor, DTensor):
                 rows = -(-tensor.shape[0] // ranks)  # as torch.chunk cuts: the last ranks may have none
-                start = min(rank * rows, tensor.shape[0]) * tensor[0:1].numel()
+                start = min(rank * rows, tensor.shape[0]) * math.prod(tensor.shape[1:])
                 mine[name] = tensor.to_local().detach(), start
             else:
                 others[name] = tensor.detach()

@@ -45,9 +45,16 @@ class Replicated(Engine):
         return norm
 
     def step(self, update: bool) -> None:
+        scaler = self.accelerator.scaler
         if update:
             self._stepper.step()
+        elif scaler is not None:
+            scaler.update(scaler.get_scale())  # the scale stays; that gradients were unscaled is forgotten
         self._stepper.zero_grad()
+
+    @property
+    def overflowed(self) -> bool:
+        return self.scales and bool(self._stepper.step_was_skipped)
 
     def settle(self, block_size: int) -> None:
         """One pass whose gradients are thrown away, before the first step of every start.
@@ -82,8 +89,11 @@ class Replicated(Engine):
         return dict(self.plain.named_parameters())
 
     def scaler_state(self) -> dict[str, Any] | None:
-        return self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+        scaler = self.accelerator.scaler
+        return None if scaler is None else {"scale": scaler.get_scale(), "good_steps": scaler._get_growth_tracker()}
 
     def load_scaler_state(self, saved: dict[str, Any]) -> None:
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(saved)
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            state = {"scale": saved["scale"], "_growth_tracker": saved["good_steps"]}
+            scaler.load_state_dict({**scaler.state_dict(), **state})

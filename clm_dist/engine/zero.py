@@ -15,9 +15,7 @@ from clm_dist.checkpoint import content
 from clm_dist.checkpoint.content import Tensors
 from clm_dist.checkpoint.saved import Saved
 from clm_dist.engine.engine import Engine
-from clm_dist.engine.fragments import flats, fragments, load_optimizer, optimized, optimizer_state
-
-SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic loss scale
+from clm_dist.engine.fragments import flats, fragments, frozen, load_optimizer, optimized, optimizer_state
 
 
 class Zero(Engine):
@@ -69,16 +67,17 @@ class Zero(Engine):
 
     def held(self) -> dict[str, Tensors]:
         mine = fragments(self.model)
-        held = {fragment.key(): fragment.of(fragment.flat) for fragment in mine}
+        held = {fragment.key(): fragment.of(fragment.flat) for fragment in (*mine, *frozen(self.model))}
         held |= content.share(self._rest(), self.accelerator.process_index, self.accelerator.num_processes)
         return {"model": held, "optimizer": optimizer_state(self.optimizer, mine)}
 
     def load(self, model: Saved, optimizer: Saved) -> None:
         mine, rest = fragments(self.model), self._rest()
-        content.check_names("weights", {*optimized(self.model), *rest}, model.names())
+        shared = [name for name, one in self.plain.named_parameters() if self.sharded or one.requires_grad]
+        content.check_names("weights", {*shared, *rest}, model.names())
         for name, parameter in self.plain.named_parameters():
             model.check_shape(name, getattr(parameter, "ds_shape", parameter.shape))
-        for fragment in mine:
+        for fragment in (*mine, *frozen(self.model)):
             fragment.of(fragment.flat).copy_(model.read(fragment.name, fragment.start, fragment.stop))
         for name, tensor in rest.items():
             tensor.data.copy_(model.whole(name, tensor.shape))
@@ -105,18 +104,26 @@ class Zero(Engine):
         return {} if self.sharded else dict(self.plain.named_parameters())
 
     def scaler_state(self) -> dict[str, Any] | None:
-        scaler = getattr(self.zero, "loss_scaler", None)
-        return {name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)} if self.scales else None
+        if not self.scales:
+            return None
+        scaler = self.zero.loss_scaler
+        good = scaler.cur_iter - scaler.last_overflow_iter - 1 if scaler.dynamic else 0
+        return {"scale": float(scaler.cur_scale), "good_steps": good}
 
     def load_scaler_state(self, saved: dict[str, Any]) -> None:
-        for name, value in saved.items():
-            if self.scales and name in SCALER:
-                setattr(self.zero.loss_scaler, name, value)
+        if self.scales and self.zero.loss_scaler.dynamic:  # else it is a number of the configuration's
+            scaler = self.zero.loss_scaler
+            scaler.cur_scale = saved["scale"]
+            scaler.cur_iter, scaler.last_overflow_iter = saved["good_steps"], -1  # it asks for their difference only
+
+    @property
+    def overflowed(self) -> bool:
+        return self.scales and bool(self.zero.overflow)
 
     def _rest(self) -> Tensors:
-        """Weights and saved buffers that the optimizer does not update: every rank holds them all."""
-        updated = set(optimized(self.model))
-        return {name: tensor for name, tensor in content.weights(self.plain).items() if name not in updated}
+        """What every rank holds whole: saved buffers, and below stage 3 weights that the optimizer does not update."""
+        shared = {name for name, _ in self.plain.named_parameters()} if self.sharded else set(optimized(self.model))
+        return {name: tensor for name, tensor in content.weights(self.plain).items() if name not in shared}
 
     def _spread(self) -> None:
         """The weights that the model computes with become those of the optimizer, on every rank."""

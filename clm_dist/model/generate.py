@@ -10,9 +10,18 @@ from clm_dist.errors import UserError
 from clm_dist.model.build import max_positions
 
 
-def generate(model: Any, tokenizer: Any, prompt: str, settings: GenerateConfig, seed: int, streamer: Any = None) -> str:
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    settings: GenerateConfig,
+    seed: int,
+    streamer: Any = None,
+    together: bool = False,
+) -> str:
     """The prompt and its continuation. The same (model, prompt, settings, seed) gives the same text.
 
+    together: whether each rank gathers its weights from all, so that all have to call this and run equally many passes.
     The global random state is left as it was, so that sampling during training does not change what is learned.
     """
     input_ids = torch.tensor(
@@ -31,6 +40,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, settings: GenerateConfig, 
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             use_cache=True,
             streamer=streamer,
+            synced_gpus=together,
             **(sampling if settings.do_sample else {}),
         )
     model.train(was_training)

@@ -32,6 +32,9 @@ BLOCKS = {
     },
 }
 
+# DeepSpeed's schedulers, by the schedule that takes the same course.
+SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -125,13 +128,13 @@ def of_the_recipe(sound: dict[str, Any], run: Run) -> Iterator[str]:
             yield _block(block, sound[block], owners, run.config)
     precision = run.config.train.mixed_precision
     summed = at(sound, "data_types.grad_accum_dtype")
-    first_in_bf16 = precision == "bf16" and at(sound, f"{ZERO}.stage") == 1
-    if first_in_bf16 and summed not in (None, "bf16"):
+    first_in_16_bits = precision in ("bf16", "fp16") and at(sound, f"{ZERO}.stage") == 1
+    if first_in_16_bits and summed not in (None, precision):
         yield (
-            f"data_types.grad_accum_dtype={shown(summed)} at stage 1 with train.mixed_precision=bf16 would bring in an "
-            "optimizer of DeepSpeed's that is not supported; use stage 2, which adds up in fp32, or leave the key out"
+            f"data_types.grad_accum_dtype={shown(summed)} at stage 1 with train.mixed_precision={precision} would bring in "
+            "an optimizer of DeepSpeed's that is not supported; use stage 2, which adds up in fp32, or leave the key out"
         )
-    elif not first_in_bf16 and summed not in (None, "fp32"):
+    elif not first_in_16_bits and summed not in (None, "fp32"):
         yield (
             f"data_types.grad_accum_dtype={shown(summed)} would add gradients up in {summed}, but sums are fp32 at every "
             f'train.mixed_precision (here {precision}); write "fp32" or leave the key out'
@@ -157,15 +160,16 @@ def _block(block: str, given: Any, owners: dict[str, str], config: Config) -> st
     params = given.get("params", {}) if isinstance(given, dict) else {}
     pairs = []
     for key, fields in owners.items():
-        if isinstance(params, dict) and key in params:
+        if isinstance(params, dict) and params.get(key, "auto") != "auto":
             ours = [f"{field}={shown(at(config.model_dump(), field))}" for field in fields.split(", ")]
             pairs.append(f"{key}={shown(params[key])} there, {' and '.join(ours)} here")
     name = shown(given.get("type")) if isinstance(given, dict) else shown(given)
     told = f" ({'; '.join(pairs)})" if pairs else ""
-    owner = (
-        "AdamW with optim.lr, beta1, beta2, eps" if block == "optimizer" else "optim.schedule, a function of the step"
-    )
-    return f"the {block} block of type {name}{told} would stand beside the recipe's {owner}; remove the block"
+    owners_of = {"optimizer": "AdamW is set by optim.*", "scheduler": "the learning rate is optim.schedule's"}
+    course = SCHEDULES.get(str(given.get("type"))) if isinstance(given, dict) else None
+    other = course is not None and course != config.optim.schedule
+    remedy = f"and set optim.schedule={course} for the same course" if other else "and keep the recipe's settings"
+    return f"the {block} block of type {name}{told}: {owners_of[block]}; remove the block, {remedy}"
 
 
 def of_the_stage(sound: dict[str, Any]) -> Iterator[str]:
@@ -194,6 +198,11 @@ def of_the_stage(sound: dict[str, Any]) -> Iterator[str]:
         )
     for name in ("offload_param", "offload_optimizer"):
         section = zero.get(name, {})
+        if section.get("device") == "nvme" and stage == 3 and section.get("nvme_path"):
+            yield (
+                f"{ZERO}.{name}.device=nvme: what lies on a disk cannot be put into a checkpoint yet, and every run saves; "
+                "write cpu"
+            )
         if section.get("device") == "nvme" and not section.get("nvme_path"):
             yield f"{ZERO}.{name}.device=nvme without nvme_path; add the path of a folder on a local disk"
         if section.get("device") != "nvme" and section.get("nvme_path") not in (None, "none"):
@@ -201,6 +210,9 @@ def of_the_stage(sound: dict[str, Any]) -> Iterator[str]:
                 f"{ZERO}.{name}.nvme_path={shown(section['nvme_path'])} but device={shown(section.get('device'))}; write "
                 "device nvme or leave the path out"
             )
+    bucket = zero.get("allgather_bucket_size")
+    if isinstance(bucket, int) and bucket % 2:
+        yield f"{ZERO}.allgather_bucket_size={bucket} must be even for DeepSpeed; write {max(2, bucket - 1)}"
     ahead = zero.get("stage3_prefetch_bucket_size")
     if zero.get("stage3_allgather_sequential") and ahead not in (None, 1):
         yield (

@@ -98,11 +98,12 @@ def _fill(sound: dict[str, Any], source: str, run: Run) -> Resolved:
 
     for path, (value, origin) in run.owned().items():
         put(path, value, origin)
-    if run.config.train.mixed_precision == "bf16":
-        # left alone, micro-steps and processes would be added up in bf16; at stage 1 fp32 sums of micro-steps would bring
+    precision = run.config.train.mixed_precision
+    if precision in ("bf16", "fp16"):
+        # left alone, micro-steps and processes would be added up in 16 bits; at stage 1 fp32 sums of micro-steps would bring
         # in another optimizer of DeepSpeed's (BF16_Optimizer), which keeps whole gradients in fp32 as well
         if at(values, f"{ZERO}.stage") == 1:
-            put("data_types.grad_accum_dtype", "bf16", "all that stage 1 has; zero2 adds micro-steps up in fp32")
+            put("data_types.grad_accum_dtype", precision, "all that stage 1 has; zero2 adds micro-steps up in fp32")
         else:
             put("data_types.grad_accum_dtype", "fp32", "sums are fp32")
         put("communication_data_type", "fp32", "sums are fp32")

@@ -34,11 +34,8 @@ OFFLOADED = {
 NOT_THERE = object()
 
 
-def live_differences(resolved: dict[str, Any], engine: Any, optim: OptimConfig) -> list[str]:
-    """Where `engine` differs from the resolved configuration, or its optimizer from the recipe; empty if nowhere.
-
-    To be asked right after `prepare`, before a step changes the learning rate.
-    """
+def live_differences(resolved: dict[str, Any], engine: Any) -> list[str]:
+    """Where `engine` differs from the resolved configuration; empty if nowhere."""
     differences = []
     for path, (word, *copies) in PLACES.items():
         wanted = at(resolved, path)
@@ -56,23 +53,23 @@ def live_differences(resolved: dict[str, Any], engine: Any, optim: OptimConfig) 
             got = _held(engine, place)
             if got is not NOT_THERE and bool(got) != wanted:
                 differences.append(_difference(path, at(resolved, path), place, got))
-    return [*differences, *_of_the_optimizer(engine, optim)]
+    return differences
 
 
-def _of_the_optimizer(engine: Any, optim: OptimConfig) -> list[str]:
-    """Where a group of parameters has other settings than the recipe."""
+def optimizer_differences(groups: list[dict[str, Any]], optim: OptimConfig) -> list[str]:
+    """Where a group of parameters has other settings than the recipe. Of two groups the first decays (optimizer.py)."""
     wanted = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     differences = []
-    for number, group in enumerate(engine.optimizer.param_groups):
+    for number, group in enumerate(groups):
         place = f"optimizer.param_groups[{number}]"
         for name, value in wanted.items():
             got = group.get(name, NOT_THERE)
             got = tuple(got) if isinstance(got, list) else got
             if got != value:
                 differences.append(_difference(f"optim.{name}", value, f"{place}.{name}", got))
-        decay = group.get("weight_decay", NOT_THERE)
-        if decay not in (optim.weight_decay, 0.0):  # biases and norms have none
-            differences.append(_difference("optim.weight_decay", optim.weight_decay, f"{place}.weight_decay", decay))
+        decay, wanted_decay = group.get("weight_decay", NOT_THERE), 0.0 if number else optim.weight_decay
+        if decay != wanted_decay:
+            differences.append(_difference("optim.weight_decay", wanted_decay, f"{place}.weight_decay", decay))
     return differences
 
 

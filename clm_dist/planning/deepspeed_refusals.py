@@ -99,6 +99,15 @@ REFUSED: dict[str, Refusal] = {
         lambda value: _is(0)(value) or _is(1)(value),
     ),
     "zero_optimization.zenflow": Refusal("it updates some weights later than others; leave the block out"),
+    "zero_optimization.round_robin_gradients": Refusal(
+        "partitions then lie in another order than DeepSpeed's own books say, by which checkpoints are written; leave the "
+        "key out",
+        _off,
+    ),
+    "data_types.buffer_dtype": Refusal(
+        "buffers, such as the frequencies of rotary positions, stay as they are exported; leave the key out",
+        lambda value: value == "fp32",
+    ),
     "zero_optimization.mics_shard_size": Refusal(_REMOVED),
     "zero_optimization.mics_hierarchical_params_gather": Refusal(_REMOVED),
     "zero_optimization.zeropp_loco_param": Refusal(_REMOVED),

@@ -93,7 +93,6 @@ ZERO: Schema = {
     "stage3_use_all_reduce_for_fetch_params": FLAG,
     "stage3_allgather_sequential": FLAG,
     "ignore_unused_parameters": FLAG,
-    "round_robin_gradients": FLAG,
     "parameter_alignment": FLAG,
     "memory_efficient_linear": FLAG,
     "pipeline_loading_checkpoint": FLAG,
@@ -122,7 +121,6 @@ SCHEMA: Schema = {
     "data_types": {
         "grad_accum_dtype": DTYPE,
         "param_dtype": DTYPE,
-        "buffer_dtype": DTYPE,
         "keep_in_fp32_modules": NAMES,
     },
     "communication_data_type": DTYPE,

@@ -14,9 +14,10 @@ from clm_dist.disagreements import divisors
 from clm_dist.errors import ConfigError
 from clm_dist.model.build import check_fits, model_configuration
 from clm_dist.planning.memory import STRATEGIES, Activations
-from clm_dist.planning.planner import Cluster, Row, Task, precision_of, recommend, rows
+from clm_dist.planning.planner import Cluster, Row, Task, largest_evaluation, precision_of, recommend, rows
 from clm_dist.planning.shapes import blank_model, hidden_size, shapes
 from clm_dist.planning.zero_settings import zero_settings
+from clm_dist.progress import progress
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Outlook:
     buckets_note: str  # where the sizes of buckets are not those of ds_configs/; empty where they are
     rows: list[Row]
     recommended: Row | None
+    evaluation_note: str  # where an evaluation would not fit
     command: str | None
 
     def as_json(self) -> dict[str, Any]:
@@ -58,6 +60,9 @@ def plan_run(config: Config, cluster: Cluster, recipe: str, overrides: list[str]
     memory, by_formula = _activations(config, built, task)
     found = rows(task, memory)
     best = recommend(found)
+    room = largest_evaluation(best, task, built.get_text_config().vocab_size) if best else 0
+    evaluated = config.evaluate.micro_batch_size
+    settings = [f"evaluate.micro_batch_size={room}"] if 0 < room < evaluated else []
     steps, note = _epoch(config, manifest)
     return Outlook(
         model=str(config.model.name or config.model.type),
@@ -75,7 +80,10 @@ def plan_run(config: Config, cluster: Cluster, recipe: str, overrides: list[str]
         buckets_note=buckets_note,
         rows=found,
         recommended=best,
-        command=command_for(best, cluster, recipe, overrides, train.activation_checkpointing) if best else None,
+        evaluation_note=_evaluation_note(evaluated, room) if best else "",
+        command=command_for(best, cluster, recipe, [*overrides, *settings], train.activation_checkpointing)
+        if best
+        else None,
     )
 
 
@@ -130,6 +138,14 @@ def command_for(row: Row, cluster: Cluster, recipe: str, overrides: list[str], c
     return f"{shlex.join(words)}{nodes} {shlex.join(program)}"
 
 
+def _evaluation_note(sequences: int, room: int) -> str:
+    """What to do where evaluating so many sequences at a time does not fit beside the model."""
+    if sequences <= room:
+        return ""
+    remedy = f"the command sets {room}" if room else "take larger GPUs or a smaller data.block_size"
+    return f"evaluate.micro_batch_size={sequences} does not fit, logits of {room} sequences do; {remedy}"
+
+
 def _settled(config: Config) -> Config:
     """On the GPUs that are planned for, auto is bf16."""
     if config.train.mixed_precision != "auto":
@@ -173,7 +189,7 @@ def _activations(config: Config, built: Any, task: Task) -> tuple[dict[tuple[str
     wanted = {(precision_of(strategy, task.mixed), ckpt) for strategy in STRATEGIES for ckpt in (False, True)}
     found: dict[tuple[str, bool], Activations] = {}
     why = ""
-    for precision, checkpointing in sorted(wanted):
+    for precision, checkpointing in progress(sorted(wanted), "counting activations", "micro-step"):
         try:
             found[precision, checkpointing] = activations.count(build, task.block_size, precision, checkpointing)
         except activations.NoCheckpointingError:

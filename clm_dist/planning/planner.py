@@ -133,6 +133,13 @@ def largest(fits: Callable[[int], bool]) -> int:
     return low
 
 
+def largest_evaluation(row: Row, task: Task, vocab_size: int) -> int:
+    """Sequences of an evaluation for which a GPU has room beside weights and states: logits as the model gives them, in
+    fp32, and log-probabilities."""
+    room = task.cluster.usable - row.parameters - row.optimizer_states - row.buffers
+    return max(0, room // (task.block_size * vocab_size * ((2 if task.mixed else 0) + 2 * FP32)))
+
+
 def _row(task: Task, strategy: Strategy, checkpointing: bool, line: Activations) -> Row:
     cluster, zero = task.cluster, task.zero.get(strategy.name, ZeroSettings())
     each = task.global_batch_size // cluster.gpus

@@ -3,16 +3,28 @@
 from clm_dist.planning.plan import Outlook
 from clm_dist.planning.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, Row
 
+MIB = 2**20
+
 HEADS = (
-    *("strategy", "ckpt", "params", "grads", "optim", "buffers", "activ.", "logits", "total", "B", "largest B"),
+    *("strategy", "ckpt", "params", "grads", "optim", "buffers", "activ.", "peak", "total", "B", "largest B"),
     *("CPU/node", "sent/step", "cost"),
 )
 
 
 def text_of(outlook: Outlook) -> str:
     """The table, what it means, and what to do."""
-    lines = [*_introduction(outlook), "", *_table(outlook.rows), "", *_epoch(outlook), *_recommendation(outlook)]
+    lines = [*_introduction(outlook), "", *_table(outlook), "", *_epoch(outlook), *_recommendation(outlook)]
     return "\n".join(lines)
+
+
+def _unit(outlook: Outlook) -> tuple[str, int]:
+    """In what the table counts: a small model's sizes would all be 0.00 GiB."""
+    return ("GiB", GIB) if max(row.total for row in outlook.rows) >= GIB else ("MiB", MIB)
+
+
+def size(count: float) -> str:
+    """Bytes, for people."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"
 
 
 def _introduction(outlook: Outlook) -> list[str]:
@@ -26,7 +38,8 @@ def _introduction(outlook: Outlook) -> list[str]:
         f"{cluster.gpus} GPUs of {cluster.gpu_memory_gib:g} GiB{nodes}; {outlook.usable_bytes / GIB:.1f} GiB of each can be "
         f"planned with: {CONTEXT_BYTES / GIB:g} GiB is CUDA's and NCCL's own, {FRAGMENTATION:.0%} of the rest is lost to "
         "fragmentation",
-        "GiB on the fullest GPU with a micro-batch of B, the largest that fits and divides the batch; (B): does not fit",
+        f"{_unit(outlook)[0]} on the fullest GPU with a micro-batch of B, the largest that fits and divides the batch; (B): "
+        "does not fit",
     ]
     if outlook.buckets_note:
         lines.append(outlook.buckets_note)
@@ -35,9 +48,10 @@ def _introduction(outlook: Outlook) -> list[str]:
     return lines
 
 
-def _table(rows: list[Row]) -> list[str]:
+def _table(outlook: Outlook) -> list[str]:
+    rows, unit = outlook.rows, _unit(outlook)[1]
     least = min((row.cost_seconds for row in rows if row.fits and not row.host_bytes_per_node), default=1.0)
-    cells = [HEADS, *(_cells(row, least) for row in rows)]
+    cells = [HEADS, *(_cells(row, least, unit) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(HEADS))]
     return ["  ".join(_aligned(cell, width, n) for n, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
             for line in cells]  # fmt: skip
@@ -47,16 +61,16 @@ def _aligned(cell: str, width: int, column: int) -> str:
     return cell.ljust(width) if column < 2 else cell.rjust(width)
 
 
-def _cells(row: Row, least: float) -> tuple[str, ...]:
+def _cells(row: Row, least: float, unit: int) -> tuple[str, ...]:
     sizes = (row.parameters, row.gradients, row.optimizer_states, row.buffers, row.activations, row.logits, row.total)
     return (
         row.strategy,
         "yes" if row.activation_checkpointing else "no",
-        *(f"{size / GIB:.2f}" for size in sizes),
+        *(f"{one / unit:.2f}" for one in sizes),
         str(row.micro_batch_size) if row.fits else f"({row.micro_batch_size})",
         str(row.largest_micro_batch_size),
-        f"{row.host_bytes_per_node / GIB:.1f}" if row.host_bytes_per_node else "",
-        f"{row.bytes_sent_per_step / GIB:.2f}",
+        f"{row.host_bytes_per_node / unit:.1f}" if row.host_bytes_per_node else "",
+        f"{row.bytes_sent_per_step / unit:.2f}",
         f"{row.cost_seconds / least:.2f}" if row.fits and not row.host_bytes_per_node else "",
     )
 
@@ -73,20 +87,23 @@ def _recommendation(outlook: Outlook) -> list[str]:
         least = min(outlook.rows, key=lambda row: row.total)
         ckpt = " with activation checkpointing" if least.activation_checkpointing else ""
         return [
-            f"nothing fits: {least.strategy}{ckpt} needs {least.total / GIB:.1f} GiB of {outlook.usable_bytes / GIB:.1f} "
-            f"GiB a GPU and {least.host_bytes_per_node / GIB:.1f} GiB of CPU memory a node; take more or larger GPUs, or a "
+            f"nothing fits: {least.strategy}{ckpt} needs {size(least.total)} of {outlook.usable_bytes / GIB:.1f} "
+            f"GiB a GPU and {size(least.host_bytes_per_node)} of CPU memory a node; take more or larger GPUs, or a "
             "smaller data.block_size or model"
         ]
     accumulation = outlook.global_batch_size // (cluster.gpus * best.micro_batch_size)
     ckpt = ", activation checkpointing" if best.activation_checkpointing else ""
     lines = [
-        f"recommended: {best.strategy}{ckpt}, micro-batch {best.micro_batch_size}, {accumulation} micro-steps per step, "
-        f"{best.total / GIB:.1f} GiB a GPU"
+        f"recommended: {best.strategy}{ckpt}, micro-batch {best.micro_batch_size}, {accumulation} "
+        f"{'micro-step' if accumulation == 1 else 'micro-steps'} per step, "
+        f"{size(best.total)} a GPU"
     ]
     if any(row.fits and row.sums_in_16_bits and row.cost_seconds < best.cost_seconds for row in outlook.rows):
         lines.append("zero1 is passed over: it would add up the gradients of micro-steps in 16 bits")
     if best.host_bytes_per_node and cluster.cpu_memory_gib is None:
-        lines.append(f"it needs {best.host_bytes_per_node / GIB:.1f} GiB of CPU memory a node; check with --cpu-memory")
+        lines.append(f"it needs {size(best.host_bytes_per_node)} of CPU memory a node; check with --cpu-memory")
+    if outlook.evaluation_note:
+        lines.append(outlook.evaluation_note)
     lines += [_time(outlook, best), "", f"{outlook.command}"]
     return lines
 

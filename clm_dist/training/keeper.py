@@ -32,6 +32,7 @@ from clm_dist.versions import versions
 from clm_dist.watch.watch import STOP_FILE, Watch
 
 REWINDS = 5  # to one checkpoint; more mean that the data is not what is wrong
+OVERFLOWS = 50  # in a row: from the first scale of 2**16 they lead to 2**-34
 
 
 class Keeper:
@@ -47,6 +48,7 @@ class Keeper:
         self.saver = Saver(accelerator, config, engine, self.run, watch)
         self.logbook = Logbook(accelerator, config, job, self.run)
         self._rewinds: dict[int, int] = {}
+        self._overflows = 0  # updates left out in a row
         self._told: str | None = None  # the newest problem of a save that the screen has shown
         self._limit = time_limit(config.train.stop_after, watch.began) if accelerator.is_main_process else float("inf")
 
@@ -104,8 +106,15 @@ class Keeper:
         state, start = self.state, self.state.cursor
         state.step, state.steps = state.step + 1, state.steps + 1
         state.cursor += self.job.plan.global_batch_size
-        state.consumed = self.logbook.step(state, start, verdict == "update")
+        overflowed = self.engine.overflowed
+        state.consumed = self.logbook.step(state, start, verdict == "update" and not overflowed)
         self.watch.step = state.step
+        self._overflows = self._overflows + 1 if overflowed else 0
+        if self._overflows >= OVERFLOWS:
+            raise RunError(
+                f"fp16: gradients overflowed in {OVERFLOWS} steps one after the other, although the loss scale was halved "
+                "each time; they are not finite at any scale: set train.mixed_precision=bf16, or lower optim.lr"
+            )
 
     def after_step(self, lr: float) -> None:
         """Compares and saves where that is due. Every rank must call this."""

@@ -124,7 +124,14 @@ class Observer:
         """Continues the recipe's prompts."""
         plain = self.engine.plain
         for number, prompt in enumerate(self.config.generate.prompts):
-            text = generate(plain, self.job.tokenizer, prompt, self.config.generate, self.config.seed + number)
+            text = generate(
+                plain,
+                self.job.tokenizer,
+                prompt,
+                self.config.generate,
+                self.config.seed + number,
+                together=self.engine.sharded,
+            )
             if self.accelerator.is_main_process:
                 row = {"step": self.state.step, "prompt": prompt, "text": text}
                 with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from clm_dist.config import Config
 from clm_dist.data.order import ends_epoch, steps_of_epochs
-from clm_dist.disagreements import divisors
+from clm_dist.disagreements import divisors, lengths
 from clm_dist.errors import ConfigError
 
 
@@ -72,8 +72,8 @@ def make_plan(config: Config, num_blocks: int, world_size: int) -> Plan:
     if config.optim.warmup_steps + (config.optim.decay_steps or 0) > max_steps:
         raise ConfigError(
             [
-                f"optim.warmup_steps={config.optim.warmup_steps} and decay_steps={config.optim.decay_steps or 0} do not fit "
-                f"into the {max_steps} steps of train.epochs={train.epochs}; shorten them or train longer"
+                f"{lengths(config.optim)} into the {max_steps} steps of train.epochs={train.epochs}; shorten that, or "
+                "train longer"
             ]
         )
     return Plan(

@@ -16,6 +16,12 @@ from clm_dist.errors import UserError
 from clm_dist.training.precision import check_precision
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # covers the main process writing a large model while the others wait
+# What else an accelerate configuration can ask for, by the variable that its launcher sets.
+UNSUPPORTED = {
+    "ACCELERATE_DYNAMO_BACKEND": "torch.compile (dynamo_config)",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
 
 
 def launched_world_size(environment: Mapping[str, str] = os.environ) -> int:
@@ -25,14 +31,21 @@ def launched_world_size(environment: Mapping[str, str] = os.environ) -> int:
 
 def check_launch(mixed_precision: str, environment: Mapping[str, str] = os.environ) -> None:
     """Refuses a launch that says otherwise than the recipe, or that silently started one process instead of many."""
+    for variable, what in UNSUPPORTED.items():
+        given = environment.get(variable, "no").lower()
+        if given not in ("no", "false", "0", ""):
+            raise UserError(
+                f"the accelerate configuration asks for {what} ({variable}={given}), which is not supported; leave it out"
+            )
+    by_deepspeed = environment.get(DEEPSPEED) == "true"  # whose checks say this together with all else
     launched_precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched_precision not in ("no", mixed_precision):
+    if launched_precision not in ("no", mixed_precision) and not by_deepspeed:
         raise UserError(
             f"the launcher says mixed_precision={launched_precision}, the recipe train.mixed_precision={mixed_precision}; "
             "leave it out of the accelerate configuration: the recipe owns it"
         )
     accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if accumulation != "1":
+    if accumulation != "1" and not by_deepspeed:
         raise UserError(
             f"the launcher says gradient_accumulation_steps={accumulation}; leave it out of the accelerate configuration: "
             "it follows from train.global_batch_size, train.micro_batch_size and the number of processes"

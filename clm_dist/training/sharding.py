@@ -13,9 +13,22 @@ from clm_dist.errors import ConfigError, RunError
 from clm_dist.planning.deepspeed_checks import Run
 from clm_dist.planning.deepspeed_config import Resolved, problems_with, resolve
 from clm_dist.planning.deepspeed_launch import launch_problems, launched
-from clm_dist.planning.deepspeed_live import live_differences
+from clm_dist.planning.deepspeed_live import live_differences, optimizer_differences
 from clm_dist.planning.shapes import hidden_size
 from clm_dist.training.plan import Plan
+
+_NEITHER = "a run's weights and states stay on its device"
+# What an FSDP section can ask for that nobody does here: harmless values, and why not another.
+FSDP_FIELDS = {
+    "FSDP_OFFLOAD_PARAMS": (("false",), f"{_NEITHER}: launch with zero3_offload.yaml to use the memory of the CPU"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (("false",), "train.activation_checkpointing owns it"),
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (("false",), _NEITHER),
+    "FSDP_RESHARD_AFTER_FORWARD": (("true", "full_shard"), "weights are always sharded again after the forward pass"),
+    "FSDP_SHARDING_STRATEGY": (("full_shard", "1"), "everything is sharded over all processes"),
+    "FSDP_AUTO_WRAP_POLICY": (("transformer_based_wrap",), "the model's own blocks are what is gathered at a time"),
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": (("",), "transformers says which its blocks are"),
+    "FSDP_IGNORED_MODULES": (("", "none"), "everything is sharded"),
+}
 
 
 @dataclass(frozen=True)
@@ -61,11 +74,13 @@ def sharding(config: Config, plan: Plan, model_configuration: Any) -> Sharding:
 
 
 def check_live(wanted: Sharding, engine: Engine, config: Config) -> None:
-    """RunError unless a live DeepSpeed engine holds what was resolved. Before a step changes the learning rate."""
+    """RunError unless the live optimizer holds what the recipe says, and DeepSpeed what was resolved. Before a step changes
+    the learning rate."""
+    different = optimizer_differences(engine.optimizer.param_groups, config.optim)
     if wanted.settings is not None:
-        different = live_differences(wanted.settings, engine.model, config.optim)
-        if different:
-            raise RunError("\n".join(different))
+        different += live_differences(wanted.settings, engine.model)
+    if different:
+        raise RunError("\n".join(different))
 
 
 def _without_deepspeed(config: Config) -> str:
@@ -81,7 +96,12 @@ def _without_deepspeed(config: Config) -> str:
         if precision in ("fp16", "fp8"):
             problems.append(f"train.mixed_precision={precision} is not supported under FSDP2; set bf16 or no")
         if "WORLD_SIZE" not in os.environ:
-            problems.append("FSDP2 needs several processes, and one was started; set --num_processes 2 or more")
+            problems.append("FSDP2 needs a launcher, for one process too; start it by accelerate launch or torchrun")
+        problems += [
+            f"the accelerate configuration says {variable.lower()}={given}, and {why}; leave it out"
+            for variable, (harmless, why) in FSDP_FIELDS.items()
+            if (given := os.environ.get(variable, harmless[0])).lower() not in harmless
+        ]
         if problems:
             raise ConfigError(problems)
     return kind
