@@ -107,14 +107,17 @@ class Zero(Engine):
         if not self.scales:
             return None
         scaler = self.zero.loss_scaler
-        good = scaler.cur_iter - scaler.last_overflow_iter - 1 if scaler.dynamic else 0
-        return {"scale": float(scaler.cur_scale), "good_steps": good}
+        if not scaler.dynamic:
+            return {"scale": float(scaler.cur_scale), "good_steps": 0}
+        good = scaler.cur_iter - scaler.last_overflow_iter - 1
+        return {"scale": float(scaler.cur_scale), "good_steps": good, "hysteresis": scaler.cur_hysteresis}
 
     def load_scaler_state(self, saved: dict[str, Any]) -> None:
         if self.scales and self.zero.loss_scaler.dynamic:  # else it is a number of the configuration's
             scaler = self.zero.loss_scaler
             scaler.cur_scale = saved["scale"]
             scaler.cur_iter, scaler.last_overflow_iter = saved["good_steps"], -1  # it asks for their difference only
+            scaler.cur_hysteresis = saved.get("hysteresis", scaler.delayed_shift)
 
     @property
     def overflowed(self) -> bool:
