@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import BIN, ROOT, run_command
 
-SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted([*(ROOT / "launch").glob("*.s*"), ROOT / ".ci" / "run"])
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 OF_DEEPSPEED = [path for path in CONFIGS if path.name.startswith("zero")]
 DEEPSPEED_FILES = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -91,7 +91,7 @@ def test_every_dependency_is_pinned_for_the_two_commands():
 
 
 def test_templates_are_packaged():
-    assert 'clm_dist = ["publish/templates/*"]' in (ROOT / "pyproject.toml").read_text()
+    assert 'clm_dist = ["publish/templates/*", "cluster/templates/*"]' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_a_misspelt_key_shows_the_way(tmp_path):
