@@ -69,7 +69,9 @@ def _submission(args: argparse.Namespace) -> tuple[Submission, list[Config]]:
         problems += error.problems
     except UserError as error:
         problems.append(str(error))
-    absent: dict[str, dict[str, Any]] = {} if args.prepare is None else {"model": {"type": NO_MODEL}, "train": {"epochs": 1}}
+    absent: dict[str, dict[str, Any]] = (
+        {} if args.prepare is None else {"model": {"type": NO_MODEL}, "train": {"epochs": 1}}
+    )
     try:
         config = recipe.load(args.recipe, args.overrides, absent=absent)
         lines = [f"run_dir={Path(config.run_dir).absolute() / str(n)} {line}" for n, line in enumerate(lines)]
@@ -130,14 +132,14 @@ def _check(config: Config, topology: Topology, resources: Resources) -> None:
     """Refuses here what its processes would refuse there, as far as this machine can know."""
     import torch
 
-    from clm_dist.commands.common import settled
     from clm_dist.training.job import open_job
+    from clm_dist.training.precision import settle_precision
 
     with _environment(topology.environment(resources.world_size)):
         if resources.gpus_per_node and not torch.cuda.is_available():  # what its GPUs can do, they will say
             train = config.train.model_copy(update={"mixed_precision": "no"})
             config = config.model_copy(update={"train": train})
-        if open_job(settled(config), overwrite=False).finished:
+        if open_job(settle_precision(config)[0], overwrite=False).finished:
             raise UserError(f"{config.run_dir} is finished; set another run_dir for another run")
 
 

@@ -89,12 +89,12 @@ END
     where=$host
     [[ -z $PRIVATE ]] || where=$node
     printf '127.0.0.%s %s %s\n' $((10 + i)) "$node" "$MARK" >> "$DIR/hosts"
-    echo "NodeName=$node NodeHostname=$where NodeAddr=127.0.0.$((10 + i)) Port=$((PORT + i)) CPUs=4 RealMemory=64000 Gres=gpu:2" >> "$SLURM_CONF"
+    echo "NodeName=$node NodeHostname=$where NodeAddr=127.0.0.$((10 + i)) Port=$((PORT + i)) CPUs=64 RealMemory=500000 Gres=gpu:8" >> "$SLURM_CONF"
     mkdir -p "$DIR/spool-$node"
   done
   echo "PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP" >> "$SLURM_CONF"
-  for i in 0 1; do [[ -c "$DIR/gpu$i" ]] || mknod "$DIR/gpu$i" c 1 3; done  # two clones of /dev/null are its GPUs
-  echo "Name=gpu File=$DIR/gpu[0-1] Flags=nvidia_gpu_env" > "$DIR/gres.conf"
+  for i in 0 1 2 3 4 5 6 7; do [[ -c "$DIR/gpu$i" ]] || mknod "$DIR/gpu$i" c 1 3; done  # clones of /dev/null are its GPUs
+  echo "Name=gpu File=$DIR/gpu[0-7] Flags=nvidia_gpu_env" > "$DIR/gres.conf"
 }
 
 # A slurmd with the name of its node, and hosts of its own, where the kernel allows; else all are called as this machine is.
