@@ -82,7 +82,7 @@ def test_a_batch_file(prepared, tmp_path, capsys):
 def test_without_requeue_there_is_none(prepared, tmp_path, capsys):
     code, text, _ = dry_run(capsys, prepared, "--processes-per-node", 2)
     assert code == 0 and "scontrol requeue" not in text and "MAX_REQUEUES" not in text
-    assert "gpus-per-node" not in directives(text)
+    assert "gpus-per-node" not in directives(text) and directives(text)["cpus-per-task"] == "2"
     check_script(text, tmp_path)
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from clm_dist.cluster import stage
-from clm_dist.cluster.environment import PATIENCE, PORTS, free_port, offline, port_of, reachable, settings, threads
+from clm_dist.cluster.environment import PATIENCE, PORTS, free_port, offline, port_of, reachable, settings
 from clm_dist.cluster.task import Messenger, command_of, hears
 from clm_dist.data import prepared as prepared_data
 from clm_dist.errors import RunError, UserError
@@ -41,10 +41,17 @@ def test_a_port_that_is_taken_is_passed_over():
         assert free_port(port) not in (port, None)
 
 
-def test_threads_are_shared_by_the_processes_of_a_node():
-    assert threads({"SLURM_CPUS_PER_TASK": "64", "SLURM_CPUS_ON_NODE": "128"}, 8) == 8
-    assert threads({"SLURM_CPUS_ON_NODE": "6"}, 4) == 1
-    assert threads({}, 4) == 1
+@pytest.mark.parametrize(
+    ("given", "processes", "expected"),
+    [
+        ({"SLURM_CPUS_PER_TASK": "64", "SLURM_CPUS_ON_NODE": "128"}, 8, "8"),
+        ({"SLURM_CPUS_ON_NODE": "6"}, 4, "1"),
+        ({}, 4, "1"),
+    ],
+)
+def test_cores_are_shared_by_the_processes_of_a_node(monkeypatch, given, processes, expected):
+    monkeypatch.setattr("clm_dist.cluster.environment.first_host", lambda _: "n1")
+    assert settings({**JOB, **given}, processes)["OMP_NUM_THREADS"] == expected
 
 
 def test_what_the_user_has_set_stays(monkeypatch):

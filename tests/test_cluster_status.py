@@ -81,7 +81,7 @@ def test_a_job_that_slurm_has_forgotten(tmp_path, capsys, monkeypatch, code, sta
     monkeypatch.setenv("PATH", str(tmp_path))
     folder = tmp_path / "run" / "slurm"
     folder.mkdir(parents=True)
-    (folder / "job.json").write_text(json.dumps({"job": "12", "log": "", "runs": 0}))
+    (folder / "job.json").write_text(json.dumps({"job": "12", "runs": 0}))
     (folder / "outcome-12-0").write_text("75\n")
     (folder / "outcome-12-10").write_text(f"{code}\n")  # of the newest start
     assert status(tmp_path / "run", capsys)["state"] == state

@@ -79,7 +79,8 @@ class Resources:
             "nodes": self.nodes,
             "ntasks-per-node": 1,  # the launcher, which starts the processes of its node
             "gpus-per-node": self.gpus_per_node or None,
-            "cpus-per-task": self.cpus_per_task,
+            # a core for each process at least; with GPUs the site knows better
+            "cpus-per-task": self.cpus_per_task or (None if self.gpus_per_node else self.processes),
             "mem": self.mem,
             "time": self.time,
             "partition": self.partition,

@@ -53,10 +53,9 @@ def first_host(environment: Mapping[str, str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()[0]
 
 
-def threads(environment: Mapping[str, str], processes: int) -> int:
-    """Cores of a task, shared among the processes of a node."""
-    cores = environment.get("SLURM_CPUS_PER_TASK") or environment.get("SLURM_CPUS_ON_NODE") or "1"
-    return max(1, int(cores) // processes)
+def cores(environment: Mapping[str, str]) -> int:
+    """Those that the job has on each node."""
+    return int(environment.get("SLURM_CPUS_PER_TASK") or environment.get("SLURM_CPUS_ON_NODE") or 1)
 
 
 def reachable(urls: list[str], environment: Mapping[str, str]) -> dict[str, bool]:
@@ -104,7 +103,7 @@ def settings(environment: Mapping[str, str], processes: int) -> dict[str, str]:
     job, restart = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_RESTART_COUNT") or 0)
     found = {
         "MASTER_ADDR": first_host(environment),
-        "OMP_NUM_THREADS": str(threads(environment, processes)),
+        "OMP_NUM_THREADS": str(max(1, cores(environment) // processes)),
         "PET_SIGNALS_TO_HANDLE": SIGNALS,  # else SIGUSR1 would kill the launcher
         "NCCL_DEBUG": "WARN",  # says what failed; without it, nothing
     }
@@ -116,11 +115,18 @@ def settings(environment: Mapping[str, str], processes: int) -> dict[str, str]:
 
 def main() -> None:
     """Prints `export NAME=VALUE` lines; what there is to say goes to the log."""
+    processes = int(sys.argv[1])
     routes, line = offline(os.environ)
-    found = {**settings(os.environ, int(sys.argv[1])), **routes}
+    found = {**settings(os.environ, processes), **routes}
     print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in found.items()), flush=True)
     if line:
         print(line, file=sys.stderr, flush=True)
+    if cores(os.environ) < processes:
+        print(
+            f"{cores(os.environ)} cores for {processes} processes: ask for more, --cpus-per-task",
+            file=sys.stderr,
+            flush=True,
+        )
     os._exit(0)  # a thread may still wait for a name server
 
 

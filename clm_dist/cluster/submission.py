@@ -65,7 +65,7 @@ class Submission:
             arguments='"$@"' if self.lines else own_recipe,
             keeps_outcome=True,
             settings=[] if self.topology is None else self._settings(self.topology),
-            setup=[f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:\"$PATH\"", *self.setup],
+            setup=[*self.setup, f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:\"$PATH\""],
             recipe=own_recipe,
             sweep=shlex.quote(str(self.folder / "array.txt")) if self.lines else None,
             prepares=self.shards is not None,
@@ -100,7 +100,7 @@ class Submission:
             )
         slurm.test(self.batch().text())
         job = slurm.submit(self.write())
-        write_text(self.folder / RECORD, json.dumps({"job": job, "log": self.log, "runs": len(self.lines)}) + "\n")
+        write_text(self.folder / RECORD, json.dumps({"job": job, "runs": len(self.lines)}) + "\n")
         return job
 
 

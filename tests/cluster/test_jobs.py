@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -170,6 +172,26 @@ def test_slurm_takes_what_is_shipped(path):
         ["sbatch", "--test-only", *array, path, "recipe.yaml"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and "to start at" in done.stderr, done.stderr
+
+
+def test_slurm_takes_what_the_page_says(folder, tmp_path, monkeypatch):
+    """Each command of docs/slurm.md that submits, as far as Slurm's answer to it."""
+    for name in ("recipes", "accelerate_configs", "ds_configs", "launch"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    command("prepare", "recipes/demo.yaml")
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs" / "slurm.md").read_text(), re.MULTILINE | re.DOTALL)
+    lines = [shlex.split(line) for line in "".join(blocks).splitlines()]
+    assert len(lines) == 13
+    for program, *arguments in lines:
+        if program == "sbatch":
+            done = subprocess.run([program, "--test-only", *arguments], capture_output=True, text=True, check=False)
+        elif arguments[0] == "submit":
+            text = command(*arguments, *(() if "--dry-run" in arguments else ("--dry-run",)))
+            done = subprocess.run(["sbatch", "--test-only"], input=text, capture_output=True, text=True, check=False)
+        else:
+            continue
+        assert done.returncode == 0 and "to start at" in done.stderr, done.stderr
 
 
 def test_arrays_prepare_in_shards_and_try_settings(folder, tmp_path):

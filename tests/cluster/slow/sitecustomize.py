@@ -1,4 +1,4 @@
-"""Makes the steps of a run take two seconds while the file exists that CLM_DIST_SLOW names, so that a test can meet it alive.
+"""Makes the steps of a run take two seconds while a file exists that CLM_DIST_SLOW names, so that a test meets it alive.
 
 On PYTHONPATH, Python imports it by itself.
 """
