@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -80,11 +81,17 @@ def test_a_job_without_a_route_is_offline_and_says_so():
         assert reachable(["https://nowhere.invalid"], proxy) == {"https://nowhere.invalid": True}
 
 
-def test_a_name_server_that_hangs_costs_less_than_a_second(monkeypatch):
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(60))
-    began = time.monotonic()
+def test_a_name_server_that_hangs_holds_nobody_up(monkeypatch):
+    answers = threading.Event()
+
+    def hang(*_, **__):
+        answers.wait()
+        raise OSError
+
+    monkeypatch.setattr(socket, "create_connection", hang)
     assert reachable(["https://a", "https://b"], {}) == {"https://a": False, "https://b": False}
-    assert PATIENCE < 1 and time.monotonic() - began < 30
+    assert PATIENCE < 1
+    answers.set()
 
 
 def test_the_task_adds_the_number_of_its_node():

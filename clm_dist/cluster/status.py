@@ -99,7 +99,7 @@ def _state(run: Path, folder: Path, job_id: str | None, known: dict[str, str], r
     in_queue = known.get("JobState", "")
     if in_queue == "PENDING" or in_queue == "REQUEUED":
         return ("saved", "waits in the queue to go on") if rows else ("waiting", "in the queue")
-    if in_queue in slurm.IN_QUEUE or _alive(run):
+    if in_queue in slurm.IN_QUEUE or (not in_queue and _alive(run)):
         return "running", ""
     failed = failure.read(run)
     ended = rows[-1].get("state", "") if rows and rows[-1]["event"] == "end" else ""
