@@ -13,7 +13,7 @@ from conftest import read_rows
 from clm_dist.cli import main
 
 SCRIPT = Path(__file__).parent / "slurm.sh"
-SLOW = Path(__file__).parent / "slow"
+FAULTS = Path(__file__).parent / "faults"
 SETUP = ("--setup", "export OMP_NUM_THREADS=1")  # sums in a matrix product depend on the number of threads
 NOT_OVER = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
 
@@ -47,7 +47,12 @@ def status(folder):
 def slow(file):
     """Arguments of `submit` for a run with slow steps, as long as the file exists."""
     file.touch()
-    return ("--setup", f"export CLM_DIST_SLOW={file} PYTHONPATH={SLOW}:${{PYTHONPATH:-}}")
+    return faulty(f"CLM_DIST_SLOW={file}")
+
+
+def faulty(fault):
+    """Arguments of `submit` for a run with a fault of faults/."""
+    return ("--setup", f"export {fault} PYTHONPATH={FAULTS}:${{PYTHONPATH:-}}")
 
 
 def job(number):

@@ -13,6 +13,7 @@ import pytest
 from cluster import (
     SCRIPT,
     command,
+    faulty,
     job,
     log,
     losses,
@@ -144,26 +145,30 @@ def pids_of(folder, rank):
 
 
 def test_what_is_queued_again_and_what_is_not(folder, tmp_path):
-    """Saved: at most so many times. Misconfigured, or cancelled: never."""
+    """Saved: at most so many times. Misconfigured, cancelled, or failed: never."""
     recipe = folder / "recipe.yaml"
     limited = submit(recipe, f"run_dir={tmp_path}/limited", "train.stop_after=1", *ONE_NODE, "--requeue", 1)
     cancelled = submit(recipe, f"run_dir={tmp_path}/cancelled", *ONE_NODE, "--preemptible", *slow(tmp_path / "slow"))
+    # rank 0 is then told to end, and leaves as one that has nothing to save
+    killed = submit(recipe, f"run_dir={tmp_path}/killed", *ONE_NODE, "--preemptible", *faulty("CLM_DIST_KILLED=1"))
     # as it is shipped, and with a batch that two processes cannot share
     misconfigured = run(
-        *("sbatch", "--parsable", "--nodes=1", "--gpus-per-node=0", "--cpus-per-task=2", f"--output={tmp_path}/%j.log"),
+        *("sbatch", "--parsable", "--nodes=1", "--gpus-per-node=2", "--cpus-per-task=2", f"--output={tmp_path}/%j.log"),
         *("launch/preemptible.sbatch", recipe, f"run_dir={tmp_path}/misconfigured", "train.global_batch_size=7"),
-        env={**os.environ, "PROCESSES_PER_NODE": "2", "OUTCOMES": str(tmp_path), "PATH": f"{BIN}:{os.environ['PATH']}"},
+        env={**os.environ, "OUTCOMES": str(tmp_path), "PATH": f"{BIN}:{os.environ['PATH']}"},
     ).strip()
     wait_for(lambda: steps_of_start(tmp_path / "cancelled", 0) >= 1, "a step", 120)
     run("scancel", cancelled)
-    assert wait_until_over(limited, cancelled, misconfigured) == ["FAILED", "CANCELLED", "FAILED"]
+    over = wait_until_over(limited, cancelled, misconfigured, killed)
+    assert over == ["FAILED", "CANCELLED", "FAILED", "FAILED"], log(tmp_path / "limited")
     assert job(limited)["ExitCode"] == "75:0" and job(limited)["Restarts"] == "1"
     assert [row["state"] for row in rows(tmp_path / "limited", "end")] == ["preempted", "preempted"]
     assert job(cancelled)["Restarts"] == "0" and rows(tmp_path / "cancelled", "end")[0]["state"] == "preempted"
     assert status(tmp_path / "cancelled")["state"] == "saved"
+    assert job(killed)["ExitCode"] == "1:0" and job(killed)["Restarts"] == "0", log(tmp_path / "killed")
     text = (tmp_path / f"{misconfigured}.log").read_text()
     assert job(misconfigured)["ExitCode"] == "2:0" and job(misconfigured)["Restarts"] == "0", text
-    assert text.count("train.global_batch_size=7 is not divisible by 2 processes") == 1
+    assert text.count("train.global_batch_size=7 is not divisible by") == 1
     assert not list(tmp_path.glob("outcome-*"))
 
 

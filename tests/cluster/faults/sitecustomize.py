@@ -1,11 +1,15 @@
-"""Makes the steps of a run take two seconds while a file exists that CLM_DIST_SLOW names, so that a test meets it alive.
+"""What is wrong with a run: slow steps, so that a test meets it alive; or a rank that is killed while it starts.
+
+CLM_DIST_SLOW names a file: while it exists, a step takes two seconds. CLM_DIST_KILLED is the rank.
 
 On PYTHONPATH, Python imports it by itself.
 """
 
 import importlib.util
 import os
+import signal
 import sys
+import threading
 import time
 from importlib.abc import MetaPathFinder
 from pathlib import Path
@@ -40,3 +44,5 @@ class Slow(MetaPathFinder):
 
 if "CLM_DIST_SLOW" in os.environ:
     sys.meta_path.insert(0, Slow())
+if os.environ.get("RANK", "none") == os.environ.get("CLM_DIST_KILLED"):
+    threading.Timer(2, os.kill, (os.getpid(), signal.SIGKILL)).start()
