@@ -89,7 +89,7 @@ def test_two_nodes_learn_what_one_node_does(folder):
     staged = log(folder / "ddp-2")
     assert staged.count("verified") == 2, staged  # once on each node
     assert not list(Path(os.environ.get("TMPDIR", "/tmp")).glob(f"clm-dist-{runs['ddp', 2]}-*"))  # and taken away
-    starts = [rows(folder / f"{engine}-{nodes}", "start")[0]["time"] for engine, nodes in runs]
+    starts = [rows(folder / f"{engine}-{nodes}", "start")[0]["began"] for engine, nodes in runs]
     ends = [rows(folder / f"{engine}-{nodes}", "end")[0]["time"] for engine, nodes in runs]
     assert max(starts) < min(ends), "they were not there at once"
 
@@ -208,7 +208,7 @@ def test_arrays_prepare_in_shards_and_try_settings(folder, tmp_path):
     wait_until_over(f"{number}_0", f"{number}_1")
     assert (prepared / "manifest.json").read_bytes(), log(tmp_path / "sweep" / "slurm" / "prepare")
     number = submit(
-        recipe, run_dir, f"data.prepared_dir={prepared}", "train.max_steps=3", "--array", "optim.lr=1e-3,3e-3",
+        recipe, run_dir, f"data.prepared_dir={prepared}", "train.max_steps=3", "optim.warmup_steps=1", "--array", "optim.lr=1e-3,3e-3",
         "--processes-per-node", 1,
     )  # fmt: skip
     assert wait_until_over(f"{number}_0", f"{number}_1") == ["COMPLETED"] * 2, log(tmp_path / "sweep")
