@@ -35,10 +35,10 @@ install_packages() {
 # Production clusters track processes by cgroups, with which a signal reaches a task and nothing below it. Where the freezer
 # of cgroup v1 can be had, this one does too: a part of it is bound to a folder of ours.
 track_processes() {
-  mkdir -p "$DIR/cgroup/freezer" "$DIR/root"
+  mkdir -p "$DIR/cgroup/freezer" "$DIR/mounted"
   local freezer=/sys/fs/cgroup/freezer
   if [[ ! -e $freezer/tasks ]]; then
-    freezer="$DIR/root"
+    freezer="$DIR/mounted"
     mount -t cgroup -o freezer none "$freezer" 2> /dev/null || freezer=""
   fi
   if [[ -n $freezer ]] && mkdir -p "$freezer/$CGROUP" 2> /dev/null && mount --bind "$freezer/$CGROUP" "$DIR/cgroup/freezer" 2> /dev/null; then
@@ -151,11 +151,11 @@ end_daemons() {
     rm -f "$DIR/$name.pid"
   done
   if grep -qF "$MARK" /etc/hosts; then grep -vF "$MARK" /etc/hosts > "$DIR/hosts.before" || true; cat "$DIR/hosts.before" > /etc/hosts; fi
-  for name in "/sys/fs/cgroup/freezer/$CGROUP" "$DIR/root/$CGROUP"; do
+  for name in "/sys/fs/cgroup/freezer/$CGROUP" "$DIR/mounted/$CGROUP"; do
     if [[ -d $name ]]; then find "$name" -depth -type d -exec rmdir {} + 2> /dev/null || true; fi
   done
   umount "$DIR/cgroup/freezer" 2> /dev/null || true
-  umount "$DIR/root" 2> /dev/null || true
+  umount "$DIR/mounted" 2> /dev/null || true
 }
 
 case "${1:-}" in

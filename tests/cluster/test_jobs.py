@@ -208,7 +208,8 @@ def test_arrays_prepare_in_shards_and_try_settings(folder, tmp_path):
     wait_until_over(f"{number}_0", f"{number}_1")
     assert (prepared / "manifest.json").read_bytes(), log(tmp_path / "sweep" / "slurm" / "prepare")
     number = submit(
-        recipe, run_dir, f"data.prepared_dir={prepared}", "train.max_steps=3", "optim.warmup_steps=1", "--array", "optim.lr=1e-3,3e-3",
+        recipe, run_dir, f"data.prepared_dir={prepared}", "train.max_steps=3", "optim.warmup_steps=1",
+        "--array", "optim.lr=1e-3,3e-3",
         "--processes-per-node", 1,
     )  # fmt: skip
     assert wait_until_over(f"{number}_0", f"{number}_1") == ["COMPLETED"] * 2, log(tmp_path / "sweep")
