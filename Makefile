@@ -5,22 +5,25 @@ VENV := .venv
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 
-.PHONY: demo test check test-slow bench clean
+.PHONY: demo test check test-slow test-cluster bench clean
 
 demo: $(VENV)/.installed  ## prepare, train with two processes, evaluate, generate, report
 	@bash launch/demo.sh
 
 test: $(VENV)/.installed-dev check  ## lint, types, and the tests that fit into a quarter of an hour
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not cluster"
 
 check: $(VENV)/.installed-dev  ## ruff, mypy, shellcheck
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/shellcheck launch/*.sh .ci/run
+	$(VENV)/bin/shellcheck launch/*.sh launch/*.sbatch tests/cluster/slurm.sh .ci/run
 
 test-slow: $(VENV)/.installed-peers  ## what CI runs on top: README commands, real data, peers' opinions
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not cluster"
+
+test-cluster: $(VENV)/.installed-dev  ## jobs on a real Slurm of two nodes, started on this machine; needs root and Debian
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m cluster tests/cluster
 
 bench: $(VENV)/.installed-peers  ## ours and the peer in one run; results go to benchmarks/results/
 	$(VENV)/bin/python benchmarks/training.py

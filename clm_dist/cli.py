@@ -1,4 +1,4 @@
-"""The door: `clm-dist prepare | data | plan | train | evaluate | verify | replay | generate | report`. Imports no torch."""
+"""The door: `clm-dist prepare | data | plan | train | submit | status | evaluate | verify | ...`. Imports no torch."""
 
 import argparse
 import errno

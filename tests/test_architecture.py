@@ -22,7 +22,8 @@ MAY_KNOW = {
     "checkpoint": set(),
     "engine": {"checkpoint"},
     "training": {"data", "model", "publish", "watch", "ledger", "checkpoint", "engine", "planning"},
-    "commands": {"data", "preparation", "model", "training", "publish", "watch", "planning"},
+    "cluster": {"data", "ledger", "watch", "planning"},
+    "commands": {"data", "preparation", "model", "training", "publish", "watch", "planning", "cluster"},
     "cli": {"commands", "watch"},
     "__main__": {"cli"},
 }
@@ -55,6 +56,8 @@ PURE = [
     "planning/estimate.py",
     "planning/planner.py",
     "planning/zero_settings.py",
+    *("cluster/batch.py", "cluster/shipped.py", "cluster/topology.py", "cluster/submission.py", "cluster/slurm.py"),
+    *("cluster/environment.py", "cluster/task.py", "cluster/stage.py", "cluster/status.py"),
 ]
 
 
@@ -106,7 +109,7 @@ def test_pure_chapters_know_no_torch(name):
     assert not heavy & {module.split(".")[0] for module, _ in imports(PACKAGE / name)}
 
 
-@pytest.mark.parametrize("wing_name", ["data", "preparation", "model", "ledger", "checkpoint", "planning"])
+@pytest.mark.parametrize("wing_name", ["data", "preparation", "model", "ledger", "checkpoint", "planning", "cluster"])
 def test_only_training_and_publish_ask_which_process_they_are(wing_name):
     for path in (PACKAGE / wing_name).glob("*.py"):
         assert not re.search(r"is_main_process|process_index|torch\.distributed|LOCAL_RANK", path.read_text()), path

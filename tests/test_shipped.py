@@ -8,19 +8,20 @@ import pytest
 import yaml
 from conftest import BIN, ROOT, run_command
 
-SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted([*(ROOT / "launch").glob("*.s*"), ROOT / ".ci" / "run"])
+SLURM = ROOT / "tests" / "cluster" / "slurm.sh"
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 OF_DEEPSPEED = [path for path in CONFIGS if path.name.startswith("zero")]
 DEEPSPEED_FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*SCRIPTS, SLURM], ids=lambda path: path.name)
 def test_scripts(path):
     text = path.read_text()
     assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
     shellcheck = subprocess.run([BIN / "shellcheck", path], capture_output=True, text=True, check=False)
     assert shellcheck.returncode == 0, shellcheck.stdout
-    assert "set -euo pipefail" in text and text.count("\n") < 60
+    assert "set -euo pipefail" in text and (path == SLURM or text.count("\n") < 60)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -91,7 +92,7 @@ def test_every_dependency_is_pinned_for_the_two_commands():
 
 
 def test_templates_are_packaged():
-    assert 'clm_dist = ["publish/templates/*"]' in (ROOT / "pyproject.toml").read_text()
+    assert 'clm_dist = ["publish/templates/*", "cluster/templates/*"]' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_a_misspelt_key_shows_the_way(tmp_path):

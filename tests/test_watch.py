@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -72,3 +73,23 @@ def test_who_fetches_weights_may_take_its_time(tmp_path, monkeypatch, phase, nam
     watch.phase = phase
     watch._look_for_the_stuck(watch._moved + 9)
     assert bool(left) == named
+
+
+def test_a_rank_killed_on_another_machine_is_named_by_the_one_that_lost_it(tmp_path, monkeypatch):
+    """Its process cannot be looked up from here; that it shows no life any more can be seen."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    watch, folder, over = Watch(), tmp_path / FOLDER, threading.Event()
+    folder.mkdir()
+    watch.join(tmp_path, 600)
+    beats.write(folder, beats.Beat(1, "another-machine", 1, 7, "training", 3, 0, "data", time.time(), ""))
+
+    def live():  # as the thread of this process would
+        while not over.wait(0.2):
+            watch._beat()
+
+    mine = threading.Thread(target=live)
+    mine.start()
+    line = watch.failed(RuntimeError("[gloo] Connection closed by peer"))
+    over.set()
+    mine.join()
+    assert line.startswith("rank 1 of 2 on another-machine, training at step 3: no sign of life for"), line

@@ -8,6 +8,8 @@ DESCRIPTION = """Train causal language models on many processes: exact order, ex
   clm-dist data inspect DIR  what prepared data holds; data verify DIR: whether it is what was written
   clm-dist plan     RECIPE   what of it fits on which GPUs, and the command to launch it
   clm-dist train    RECIPE   train, evaluate, export; many processes by `accelerate launch ... -m clm_dist train RECIPE`
+  clm-dist submit   RECIPE   the same as a Slurm job, on any number of nodes
+  clm-dist status   RUN      how a run is doing: in the queue, running, saved, finished, failed; progress and time left
   clm-dist check    RECIPE   whether a launch learns what one plain process would, on the first steps
   clm-dist evaluate RECIPE   exact loss and perplexity of any model on the recipe's held-out text
   clm-dist verify   RUN      whether every block was seen as planned, over all restarts; where the time went
@@ -21,6 +23,53 @@ REVISION = {"help": "commit or tag of the model on the Hub (default: the newest)
 DEEPSPEED = {
     "metavar": "JSON",
     "help": "DeepSpeed configuration, where another launcher than Accelerate's started the processes",
+}
+SUBMIT: dict[str, dict[str, Any]] = {
+    "--nodes": {"type": int, "default": 1, "metavar": "N", "help": "nodes (default 1)"},
+    "--gpus-per-node": {
+        "type": int,
+        "default": 0,
+        "metavar": "G",
+        "help": "GPUs of each; one process each (default 0)",
+    },
+    "--processes-per-node": {"type": int, "metavar": "P", "help": "processes of each node, where there are no GPUs"},
+    "--time": {"default": "4:00:00", "metavar": "H:MM:SS", "help": "time limit of one start (default 4:00:00)"},
+    "--config": {
+        "default": "ddp",
+        "metavar": "FILE",
+        "help": "Accelerate YAML, or the name of one in accelerate_configs/: ddp, zero2, fsdp2, ... (default ddp)",
+    },
+    "--partition": {"metavar": "NAME", "help": "Slurm's partition (default: the site's)"},
+    "--account": {"metavar": "NAME", "help": "Slurm's account"},
+    "--qos": {"metavar": "NAME", "help": "Slurm's quality of service"},
+    "--cpus-per-task": {"type": int, "metavar": "N", "help": "cores of each node, shared by its processes"},
+    "--mem": {"metavar": "SIZE", "help": "memory of each node, e.g. 200G; 0: all of it"},
+    "--signal": {
+        "type": int,
+        "default": 120,
+        "metavar": "SECONDS",
+        "help": "before the time limit, when the run is told to save (default 120; longer for models that save slowly)",
+    },
+    "--preemptible": {
+        "action": "store_true",
+        "help": "saves and queues itself again when it has to leave; as --requeue 100",
+    },
+    "--requeue": {"type": int, "metavar": "MAX", "help": "the same, so many times at most"},
+    "--array": {
+        "action": "append",
+        "default": [],
+        "metavar": "KEY=V,V",
+        "help": "a run for each value, in RUN/0, RUN/1, ...; given several times: for each combination",
+    },
+    "--prepare": {"type": int, "metavar": "N", "help": "an array job that prepares the data in N shards instead"},
+    "--stage": {"action": "store_true", "help": "copy prepared data to the local disk of each node, and read it there"},
+    "--setup": {
+        "action": "append",
+        "default": [],
+        "metavar": "LINE",
+        "help": "a shell line before the run, e.g. 'module load cuda'; may be given several times",
+    },
+    "--dry-run": {"action": "store_true", "help": "print the batch file; write and submit nothing"},
 }
 # command -> summary, what it is given, what that is, options
 COMMANDS: dict[str, tuple[str, str, str, dict[str, dict[str, Any]]]] = {
@@ -80,6 +129,11 @@ COMMANDS: dict[str, tuple[str, str, str, dict[str, dict[str, Any]]]] = {
             "--deepspeed": DEEPSPEED,
         },
     ),
+    "submit": (*("a recipe as a Slurm job: checked, copied, submitted", "RECIPE", "YAML recipe"), SUBMIT),
+    "status": (
+        *("how a run is doing, from its folder and from Slurm; reads only", "RUN", "run folder"),
+        {"--json": {"action": "store_true", "help": "everything as JSON"}},
+    ),
     "check": (
         *("whether this launch learns what one plain process would; begins no run", "RECIPE", "YAML recipe"),
         {"--deepspeed": DEEPSPEED},
@@ -126,6 +180,8 @@ INTERRUPTED = {
     "train": "nothing was trained yet",
     "check": "nothing was written",
     "replay": "nothing was written",
+    "submit": "`squeue` shows whether it is in the queue",
+    "status": "nothing was written",
     "verify": "nothing was written",
     "evaluate": "nothing was written",
     "generate": "texts finished before are kept",

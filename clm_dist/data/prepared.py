@@ -1,5 +1,6 @@
 """A prepared data set, opened and checked to be what a recipe asks for."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from clm_dist.data.blocks import Blocks
 from clm_dist.data.manifest import Manifest, check_fits, read_manifest, source_name
 from clm_dist.data.source import Source, open_sources
 from clm_dist.errors import UserError
+
+STAGED = "CLM_DIST_STAGED_DATA"  # a copy on the local disk of this node, which blocks are read from
 
 
 def open_prepared(config: Config) -> Manifest:
@@ -40,7 +43,10 @@ def check_whole(manifest: Manifest, folder: Path) -> None:
 
 def open_blocks(config: Config, manifest: Manifest, split: str) -> Blocks:
     """The blocks of a split, as many as the manifest counts: a copy cut short may well be readable."""
-    folder, expected = Path(config.data.prepared_dir) / split, manifest.splits[split].blocks
+    root, expected = Path(os.environ.get(STAGED) or config.data.prepared_dir), manifest.splits[split].blocks
+    if STAGED in os.environ and read_manifest(str(root)).files != manifest.files:
+        raise UserError(f"{STAGED}={root} is a copy of other data than {config.data.prepared_dir}; unset it")
+    folder = root / split
     remedy = f"copy it again, or remove {folder.parent} and prepare again"
     try:
         blocks = Blocks(folder)

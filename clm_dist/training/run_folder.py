@@ -29,8 +29,8 @@ CONTENTS = (
     *("model", "model_best", "tensorboard", "wandb", "checkpoints", "ledger.jsonl", "offending", "configs"),
     "environment.json",  # last: while it stands, what is left is known to be of a run
 )
-# What processes tell each other, or left when they failed: no run yet.
-SERVICE = (".lock", ".watch", "failure.json", "failures", "STOP")
+# What processes tell each other, or left when they failed, and what a job reads that waits for nodes: no run yet.
+SERVICE = (".lock", ".watch", "failure.json", "failures", "STOP", "slurm")
 GROWING = ("metrics.jsonl", "samples.jsonl")
 PATIENCE = 60  # seconds that processes of the last start have to leave
 

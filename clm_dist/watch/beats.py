@@ -109,6 +109,6 @@ class Observation:
                 )
         for rank, beat in beats.items():
             if (seconds := self.silent_seconds(rank)) >= patience:
-                return Verdict(beat, f"no sign of life for {seconds:.0f} s (stopped, or its machine hangs)")
+                return Verdict(beat, f"no sign of life for {seconds:.0f} s (killed, stopped, or its machine hangs)")
         behind = min(beats.values(), key=Beat.progress)
         return Verdict(behind, f"no progress for {time.time() - behind.since:.0f} s ({behind.place})", stuck=True)

@@ -130,9 +130,11 @@ class Watch:
         line, text = failure.describe(error)
         found = self._failure(self.rank, line, text)
         if failure.lost_a_peer(error) and self.world_size > 1:
-            for _ in range(12):  # the cause may need a moment to be written
+            for _ in range(16):  # the cause may need a moment to be written
                 if failure.read(self.run) is not None:
                     return None
+                if self._joined:
+                    self._observation.look()  # a rank on another machine is known to be gone by its silence alone
                 time.sleep(LOOK_EVERY)
             verdict = self._observation.judge(patience=3 * BEAT_EVERY) if self._joined else None
             if verdict is not None and verdict.beat.rank != self.rank and not verdict.stuck:
