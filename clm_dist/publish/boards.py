@@ -7,7 +7,7 @@ from typing import Any
 
 from clm_dist.config import Config
 from clm_dist.publish import outbox
-from clm_dist.publish.rows import Row, Unsent, waiting
+from clm_dist.publish.rows import Row, Unsent, kinds, waiting
 from clm_dist.recipe import flat
 
 
@@ -15,6 +15,7 @@ class Board(ABC):
     """Rows go out in order; the newest step that arrived is noted after each."""
 
     name: str
+    noted_at_once = True  # a row has arrived when `log` returns
 
     def __init__(self, run: Path, config: Config) -> None:
         self.folder, self.config = run, config
@@ -37,11 +38,12 @@ class Board(ABC):
         for row in self._unsent.rows(self.ended is not None):
             self.log(row)
             self._unsent.mark(row)
-            outbox.note(self.folder, self.name, sent=self._unsent.sent)
+            if self.noted_at_once:
+                outbox.note(self.folder, self.name, sent=self._unsent.sent)
         return True
 
     def log(self, row: Row) -> None:
-        """One row, which has arrived when this returns."""
+        """One row."""
         if row.figures:
             self.tracker.log(row.figures, step=row.step)
 
@@ -84,19 +86,40 @@ class TensorBoard(Board):
 
 
 class Trackio(Board):
-    """A local SQLite database, for `trackio show`; or the server that TRACKIO_SERVER_URL names."""
+    """A local SQLite database (of TRACKIO_DIR), for `trackio show`."""
 
     name = "trackio"
+    noted_at_once = False  # its client writes behind our back
 
     def open(self, sent: dict[str, int]) -> Any:
-        """Rows that are in the database already count as sent."""
+        """Rows that are in the database count as sent, whatever was noted."""
         from accelerate.tracking import TrackioTracker
 
-        tracker = TrackioTracker(self.config.track.project, name=self.title, resume="allow", embed=False)
+        sent.update(self.stored())
+        # it knows runs by name alone, and many folders are called `run`
+        name = f"{self.title}-{outbox.notes(self.folder, outbox.IDS)['wandb']}"
+        tracker = TrackioTracker(
+            self.config.track.project, name=name, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False
+        )
+        outbox.note(self.folder, self.name, run_name=name)
         tracker.start()
         if not sent:
             tracker.store_init_configuration(flat(self.config))
         return tracker
+
+    def close(self) -> None:
+        """What its client still holds is written, and noted."""
+        super().close()
+        outbox.note(self.folder, self.name, sent=self.stored())
+
+    def stored(self) -> dict[str, int]:
+        """The newest step of each kind of row in the database. Texts are not sent: those of its newest row count."""
+        from trackio.sqlite_storage import SQLiteStorage
+
+        name = outbox.notes(self.folder, self.name).get("run_name")
+        rows = SQLiteStorage.get_logs(self.config.track.project, name) if name else []
+        steps = {kind: row["step"] for row in rows for kind in kinds(row)}
+        return {**steps, "samples": max(steps.values())} if steps else {}
 
 
 class MLflow(Board):
@@ -105,7 +128,7 @@ class MLflow(Board):
     name = "mlflow"
 
     def open(self, sent: dict[str, int]) -> Any:
-        """The run of before goes on; what it has already counts as sent."""
+        """The run of before goes on; what it has counts as sent, whatever was noted."""
         import mlflow
         from accelerate.tracking import MLflowTracker
 
@@ -117,6 +140,11 @@ class MLflow(Board):
         if known is None:
             outbox.note(self.folder, self.name, run_id=tracker.active_run.info.run_id)
             tracker.store_init_configuration(flat(self.config))
+            return tracker
+        client = mlflow.MlflowClient()
+        for kind, metric in (("train", "train/lr"), ("eval", "eval/loss")):
+            steps = [one.step for one in client.get_metric_history(known, metric)]
+            sent |= {kind: max(steps)} if steps else {}
         return tracker
 
 

@@ -14,6 +14,7 @@ from clm_dist.errors import EXIT_FAILED
 from clm_dist.publish import outbox
 from clm_dist.publish.courier import Destination, OfflineError, make_destination
 
+NICENESS = 10  # training goes first
 POLL = 1.0  # seconds between looks at the run folder
 LONGEST_PAUSE = 60.0  # seconds between two tries at a destination that does not answer
 ORPHANED = 30.0  # seconds to deliver after the training process has gone without a word
@@ -60,6 +61,7 @@ class Clock:
 
 def follow(run: Path, name: str, config: Config) -> int:
     """Delivers while training runs, and a bounded time longer. Returns 0 when all that there is has arrived."""
+    os.nice(NICENESS)
     clock = Clock()
     clock.start()
     try:

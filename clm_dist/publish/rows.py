@@ -44,6 +44,11 @@ class Row:
         return {name: value for name, value in self.values.items() if value is not None}
 
 
+def kinds(values: dict[str, Any]) -> set[str]:
+    """What a row brings: figures of training, of an evaluation, or both."""
+    return {name.partition("/")[0] for name in values} & {"train", "eval"}
+
+
 class Unsent:
     """What a destination has not been sent: steps rise, and none comes twice.
 
@@ -67,9 +72,9 @@ class Unsent:
         for line in self._metrics.lines():
             step, moment = line.pop("step"), line.pop("time")
             self._newest = max(self._newest, step)
-            kind = "eval" if any(name.startswith("eval/") for name in line) else "train"
-            if row := self._row(step, kind):
-                row.time, row.values = row.time or moment, {**row.values, **line}
+            for kind in kinds(line):
+                if row := self._row(step, kind):
+                    row.time, row.values = row.time or moment, {**row.values, **line}
         for sample in self._samples.lines():
             if row := self._row(sample["step"], "samples"):
                 row.samples.append(sample)

@@ -123,6 +123,8 @@ class WeightsAndBiases:
 
     def _open(self) -> Any:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it looks for hosts beside the server
+        if not os.environ.get("WANDB_MODE"):
+            os.environ.pop("WANDB_MODE", None)  # an empty one is refused
         import wandb
 
         track, known = self.config.track, outbox.notes(self.folder, self.name)

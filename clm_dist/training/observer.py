@@ -58,6 +58,7 @@ class Observer:
         self.say(str(self.plan))
         for line in self.job.sharding.lines():
             self.say(line)
+        self.meter.know_device(self.config.model, self.job.model_configuration)
         self.evaluate_if_due()
         self.keeper.logbook.mark()
         self.meter.resume()
@@ -66,6 +67,7 @@ class Observer:
         """Whatever is due once `state.step` updates are done."""
         step = self.state.step
         self.meter.steps += 1
+        self.meter.data_seconds += self.keeper.logbook.data_seconds
         if step % self.config.train.log_every == 0 or step == self.plan.max_steps:
             metrics = self.meter.read(self.state, lr, grad_norm)
             self.log(step, metrics)
