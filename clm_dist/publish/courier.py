@@ -102,7 +102,7 @@ class Couriers:
         """One process for each. A courier that cannot be started is told; training goes on."""
         for name in names:
             try:
-                outbox.note(self.run, name, problem=None)
+                self._seen[name] = self._changed(name)  # what an earlier courier noted was told then
                 self._processes[name] = _spawn(self.run, name)
             except OSError as error:
                 self._tell(name, f"its courier could not be started ({error})")
@@ -111,7 +111,7 @@ class Couriers:
         """Shows what couriers have to say, once. Cheap: one look at a file's time for each."""
         for name in self._processes:
             try:
-                changed = (self.run / outbox.FOLDER / f"{name}.json").stat().st_mtime_ns
+                changed = self._changed(name)
                 if self._seen.get(name) == changed:
                     continue
                 self._seen[name] = changed
@@ -139,6 +139,10 @@ class Couriers:
                 )
                 self.say(f"{name}: {why}; `clm-dist sync {self.run}` delivers the rest, now or later")
         self._processes.clear()
+
+    def _changed(self, name: str) -> int:
+        path = self.run / outbox.FOLDER / f"{name}.json"
+        return path.stat().st_mtime_ns if path.exists() else 0
 
     def _bound(self, name: str, seconds: float) -> float:
         try:

@@ -68,6 +68,7 @@ def follow(run: Path, name: str, config: Config) -> int:
         with outbox.held(run, name, go_on_waiting=lambda: not clock.leave.is_set()) as still:
             clock.still = still
             outbox.log(run, name, f"process {os.getpid()} delivers")
+            _tell(run, name, None)
             destination = make_destination(name, run, config)
             problem = _deliver_until_told(run, destination, clock)
             if problem is None:
@@ -138,8 +139,8 @@ def _tried(work: Callable[[], object]) -> str | None:
     except OfflineError:
         raise
     except (Exception, SystemExit) as error:
-        text = " ".join(str(error).split()) or "no message"
-        return f"{text[:300]} ({type(error).__name__})"
+        text = " ".join(str(error).split())[:300]
+        return text if text and isinstance(error, OSError) else f"{text} ({type(error).__name__})".strip()
     return None
 
 

@@ -8,6 +8,7 @@ import json
 import netrc
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -53,18 +54,35 @@ class WeightsAndBiases:
             self.run = self._open()
         elif time.monotonic() - self._confirmed_at > CONFIRM_EVERY:
             self._arrived()
+        try:
+            self._log_rows()
+        except Exception:
+            self._abandon()
+            raise
+        return True
+
+    def _log_rows(self) -> None:
         assert self._unsent is not None
         for row in self._unsent.rows(self.ended is not None):
             with self.journal.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": row.step, "kinds": sorted(row.kinds)}) + "\n")
             self.run.log(self._values(row))  # never with step=: W&B would drop what is not newer than its own count
             self._unsent.mark(row)
-        return True
+
+    def _abandon(self) -> None:
+        """The disk was full, or W&B's client has died: the next try asks the server what it has, and begins from there."""
+        import wandb
+
+        self.run = None
+        with suppress(Exception):
+            wandb.teardown()
 
     def close(self) -> None:
         """W&B's client uploads the rest; then the server is asked whether it has all."""
         if self.run is None:
             return
+        if self.ended not in ("finished", "gone"):
+            self.run.mark_preempting()
         self.run.finish(exit_code=0 if self.ended == "finished" else 1)
         wanted, deadline = len(self._rows()), time.monotonic() + LAG
         while self._arrived()[0] < wanted and time.monotonic() < deadline:
@@ -128,6 +146,7 @@ class WeightsAndBiases:
         import wandb
 
         track, known = self.config.track, outbox.notes(self.folder, self.name)
+        ids = outbox.notes(self.folder, outbox.IDS)
         followed = os.environ.get(FOLLOWED)
         environment = _read_json(self.folder / "environment.json")
         settings: dict[str, Any] = {
@@ -146,9 +165,9 @@ class WeightsAndBiases:
             entity=known.get("entity") or track.entity,
             project=known.get("project") or track.project,
             name=track.name or self.folder.resolve().name,
-            group=track.group or _array(),
+            group=track.group or ids.get("group"),
             tags=list(track.tags) or None,
-            id=self._id(),
+            id=ids["wandb"],
             resume="allow",
             dir=str(self.folder),
             mode="online",
@@ -206,12 +225,6 @@ def _key(url: str) -> str | None:
     except (OSError, netrc.NetrcParseError):
         return None
     return found[2] if found else None
-
-
-def _array() -> str | None:
-    """The tasks of a SLURM job array are one sweep."""
-    job = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return f"array-{job}" if job else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
