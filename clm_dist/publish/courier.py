@@ -40,7 +40,7 @@ class Destination(Protocol):
     ended: str | None  # set by the courier once training writes nothing more: finished, preempted, ..., gone (killed)
 
     def deliver(self) -> bool:
-        """Sends what waits; True: nothing is left to send. Exceptions are told once, and it is tried again."""
+        """Sends what waits, or a part of it; True: nothing is left. Exceptions are told once, and it is tried again."""
         ...
 
     def close(self) -> None:

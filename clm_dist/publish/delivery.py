@@ -85,17 +85,24 @@ def _deliver_until_told(run: Path, destination: Destination, clock: Clock) -> st
     while True:
         leaving = clock.leave.is_set()
         destination.ended = clock.ended
+        done = False
+
+        def deliver() -> None:
+            nonlocal done
+            done = destination.deliver()
+
         try:
-            problem = _tried(destination.deliver)
+            problem = _tried(deliver)
         except OfflineError as offline:
             problem, leaving = f"offline ({offline})", True
         if problem != told:
             told = problem
             _tell(run, destination.name, problem)
-        if leaving:
+        if leaving and (done or problem):
             return problem
         pause = min(pause * 2, LONGEST_PAUSE) if problem else POLL
-        clock.leave.wait(pause)
+        if done or problem:
+            clock.leave.wait(pause)
 
 
 def deliver_now(run: Path, name: str, config: Config, say: Callable[[str], None]) -> str | None:
@@ -117,8 +124,12 @@ def deliver_now(run: Path, name: str, config: Config, say: Callable[[str], None]
 
 
 def _once(destination: Destination) -> str | None:
+    def all_of_it() -> None:
+        while not destination.deliver():
+            pass
+
     try:
-        return _tried(destination.deliver) or _tried(destination.close)
+        return _tried(all_of_it) or _tried(destination.close)
     except OfflineError as offline:
         return f"offline ({offline})"
 

@@ -28,7 +28,7 @@ def notes(run: Path, name: str) -> dict[str, Any]:
     """What is known of a destination: RUN/outbox/NAME.json; nothing before anything was done for it."""
     try:
         found = json.loads((run / FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a machine that lost its power may have left an empty file
         return {}
     return found if isinstance(found, dict) else {}
 

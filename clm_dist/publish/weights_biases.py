@@ -24,6 +24,7 @@ URL = "https://api.wandb.ai"
 CONFIRM_EVERY = 30.0  # seconds between questions to the server, how much it has
 LAG = 15.0  # seconds that a server may take to count what it has just confirmed
 ROUTE = 1.5  # seconds in which `auto` has to find a route
+TRIES = 4  # at opening the run, while rows still come in
 INIT = 30.0  # seconds for W&B's client to open a run, after the server has answered us
 QUERY = """query Arrived($project: String!, $entity: String, $run: String!) {
   viewer { entity }
@@ -49,9 +50,7 @@ class WeightsAndBiases:
         """Opens the run where that is to be done, hands what waits to W&B's client, asks the server now and then."""
         if self.run is None:
             self._check_mode()
-            arrived, last = self._arrived()
-            self._cut_journal(arrived, last)
-            self.run = self._open()
+            self._begin()
         elif time.monotonic() - self._confirmed_at > CONFIRM_EVERY:
             self._arrived()
         try:
@@ -60,6 +59,18 @@ class WeightsAndBiases:
             self._abandon()
             raise
         return True
+
+    def _begin(self) -> None:
+        """Opens the run where the server's rows end."""
+        for _ in range(TRIES):
+            arrived, last = self._arrived()
+            self._cut_journal(arrived, last)
+            self.run = self._open()
+            if self.run.starting_step == arrived:
+                return
+            self._abandon()  # rows of a client that was killed still came in, or the notes were lost: now they are known
+            time.sleep(1)
+        raise ConnectionError("W&B has other rows each time it is asked; does something else write into this run?")
 
     def _log_rows(self) -> None:
         assert self._unsent is not None

@@ -1,6 +1,6 @@
 """W&B by courier, with the real client and a local endpoint: one run over restarts, every row once, nobody waits.
 
-Mutants that these tests have seen red are named in docs/tracking.md's neighbour, `docs/decisions.md` (Couriers).
+Not covered: what W&B's servers do beside the operations in `local_wandb.py` (limits of rates, charts, reports).
 """
 
 import json
@@ -15,6 +15,8 @@ import pytest
 from conftest import BIN, launch, prepare_recipe, read_rows, run_command
 from crash import Start, wait_for
 from local_wandb import KEY, LocalWandb
+
+from clm_dist.publish import outbox
 
 pytest.importorskip("wandb")
 pytestmark = pytest.mark.distributed
@@ -122,6 +124,7 @@ def test_one_run_over_three_restarts_of_two_processes(tmp_path, server):
     check_no_key(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_is_not_there_costs_nothing_and_all_is_delivered_later(tmp_path, server):
     recipe, run = recipe_in(tmp_path, 40, wandb_mode="online"), tmp_path / "run"
     nowhere = {**server.environment, "WANDB_BASE_URL": "http://127.0.0.1:9"}
@@ -145,6 +148,11 @@ def test_an_endpoint_that_is_not_there_costs_nothing_and_all_is_delivered_later(
     assert run_command("sync", run, "--status", env=server.environment).code == 1
     done = run_command("sync", run, env=server.environment)
     assert done.code == 0 and "wandb: all has arrived" in done.out, done.out + done.err
+    check_arrived(server, run)
+    (run / "outbox" / "wandb.json").unlink()  # the notes were lost, and then the journal too
+    assert run_command("sync", run, env=server.environment).code == 0
+    (run / "outbox" / "wandb.rows").unlink()
+    assert run_command("sync", run, env=server.environment).code == 0
     check_arrived(server, run)
     asked = len(server.log)
     again = run_command("sync", run, env=server.environment)
@@ -176,6 +184,64 @@ def test_without_a_key_or_a_route_auto_stays_offline(tmp_path, server):
     done = run_command("sync", run, env={**server.environment, "WANDB_MODE": "offline"})
     assert done.code == 1 and "offline (WANDB_MODE=offline)" in done.out
     assert not server.log and not (run / "wandb").exists()
+
+
+def test_a_client_that_dies_and_a_server_that_is_away_for_a_while(trained, tmp_path, server):
+    run = blank_run(trained, tmp_path)
+    write_rows(run, range(1, 11))
+    courier = follow(run, server)
+    assert wait_for(lambda: server.runs and len(only(server).history) == 9, 60)
+    [client] = Path(f"/proc/{courier.pid}/task/{courier.pid}/children").read_text().split()
+    os.kill(int(client), signal.SIGKILL)
+    write_rows(run, range(11, 21))
+    assert wait_for(lambda: len(only(server).history) == 19, 60)
+    server.behave("refuse")
+    write_rows(run, range(21, 31))
+    assert wait_for(lambda: (run / "outbox" / "wandb.rows").read_text().count("\n") == 29, 60)
+    server.behave("well")
+    courier.stdin.write(b"finished 60\n")
+    courier.stdin.close()
+    assert courier.wait(70) == 0
+    assert [row["trainer/step"] for row in only(server).rows()] == list(range(1, 31))
+
+
+def test_a_courier_that_is_told_to_go_goes_whatever_hangs(trained, tmp_path, server):
+    run = blank_run(trained, tmp_path)
+    write_rows(run, range(1, 11))
+    server.behave("hang")
+    courier = follow(run, server)
+    assert wait_for(lambda: (run / "outbox" / "wandb.log").exists(), 60)
+    courier.send_signal(signal.SIGTERM)
+    assert courier.wait(60) == 1
+    server.behave("well")
+    following, former = follow(run, server), follow(run, server)
+    assert {one.wait(90) for one in (following, former) if one.stdin.close() is None} <= {0, 1}
+    assert run_command("sync", run, env=server.environment).code == 0
+    assert [row["trainer/step"] for row in only(server).rows()] == list(range(1, 11))
+
+
+def blank_run(trained, tmp_path) -> Path:
+    """A run folder that nobody trains in."""
+    run = tmp_path / "run"
+    run.mkdir()
+    text = (trained / "run" / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("trackers: []", "trackers: [wandb]"))
+    outbox.identify(run, {})
+    return run
+
+
+def write_rows(run: Path, steps) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in steps:
+            file.write(json.dumps({"step": step, "time": time.time(), "train/loss": step / 2}) + "\n")
+
+
+def follow(run: Path, server) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "clm_dist", "sync", str(run), "--only", "wandb", "--follow"],
+        env={**os.environ, **server.environment, "CLM_DIST_FOLLOWED": str(os.getpid())},
+        stdin=subprocess.PIPE,
+    )
 
 
 def start_sync(server, run: Path) -> subprocess.Popen:
