@@ -208,16 +208,17 @@ def test_a_client_that_dies_and_a_server_that_is_away_for_a_while(trained, tmp_p
 def test_a_courier_that_is_told_to_go_goes_whatever_hangs(trained, tmp_path, server):
     run = blank_run(trained, tmp_path)
     write_rows(run, range(1, 11))
-    server.behave("hang")
     courier = follow(run, server)
-    assert wait_for(lambda: (run / "outbox" / "wandb.log").exists(), 60)
+    assert wait_for(lambda: server.runs and only(server).history, 60)
+    server.behave("hang")  # inside W&B's client, which waits for as long as it takes
+    write_rows(run, range(11, 21))
     courier.send_signal(signal.SIGTERM)
     assert courier.wait(60) == 1
     server.behave("well")
     following, former = follow(run, server), follow(run, server)
     assert {one.wait(90) for one in (following, former) if one.stdin.close() is None} <= {0, 1}
     assert run_command("sync", run, env=server.environment).code == 0
-    assert [row["trainer/step"] for row in only(server).rows()] == list(range(1, 11))
+    assert [row["trainer/step"] for row in only(server).rows()] == list(range(1, 21))
 
 
 def blank_run(trained, tmp_path) -> Path:
