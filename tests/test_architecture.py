@@ -58,6 +58,10 @@ PURE = [
     "planning/zero_settings.py",
     *("cluster/batch.py", "cluster/shipped.py", "cluster/topology.py", "cluster/submission.py", "cluster/slurm.py"),
     *("cluster/environment.py", "cluster/task.py", "cluster/stage.py", "cluster/status.py"),
+    "publish/courier.py",
+    "publish/delivery.py",
+    "publish/outbox.py",
+    "publish/rows.py",
 ]
 
 
