@@ -1,9 +1,11 @@
 """What each command does, in terms of the wings: one function each, found by the command's name."""
 
 from clm_dist.commands.data import data_inspect, data_verify, prepare
+from clm_dist.commands.pushing import push
 from clm_dist.commands.results import evaluate, generate, report, verify
 from clm_dist.commands.training import check, plan, replay, train
 
 __all__ = [
-    "check", "data_inspect", "data_verify", "evaluate", "generate", "plan", "prepare", "replay", "report", "train", "verify",
+    "check", "data_inspect", "data_verify", "evaluate", "generate", "plan", "prepare", "push", "replay", "report",
+    "train", "verify",
 ]  # fmt: skip

@@ -26,7 +26,7 @@ from clm_dist.watch.watch import FOLDER, STOP_FILE, Watch
 # What train and the commands after it write; --overwrite removes these and nothing else.
 CONTENTS = (
     *("config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.json", "report.html"),
-    *("model", "model_best", "tensorboard", "wandb", "checkpoints", "ledger.jsonl", "offending", "configs"),
+    *("model", "model_best", "tensorboard", "wandb", "checkpoints", "ledger.jsonl", "offending", "configs", "outbox"),
     "environment.json",  # last: while it stands, what is left is known to be of a run
 )
 # What processes tell each other, or left when they failed: no run yet.
