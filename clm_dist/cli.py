@@ -1,4 +1,4 @@
-"""The door: `clm-dist prepare | plan | train | push | ...`, all of commands/table.py. Imports no torch."""
+"""The door: `clm-dist COMMAND`, one of those in `commands/table.py`. Imports no torch."""
 
 import argparse
 import errno

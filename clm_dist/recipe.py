@@ -1,5 +1,6 @@
 """Recipes: YAML in, a checked `Config` out; every problem at once, unknown keys with the nearest name."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
@@ -158,6 +159,17 @@ def field_at(path: list[str]) -> FieldInfo | None:
         if parent is not None and path[end - 1] in parent.model_fields:
             return parent.model_fields[path[end - 1]]
     return None
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """The configuration by dotted names; lists and mappings as JSON text."""
+    result = {}
+    for name, _ in leaves():
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        result[name] = json.dumps(value) if isinstance(value, (dict, tuple)) else value
+    return result
 
 
 def help_text() -> str:

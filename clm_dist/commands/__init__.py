@@ -3,9 +3,10 @@
 from clm_dist.commands.data import data_inspect, data_verify, prepare
 from clm_dist.commands.pushing import push
 from clm_dist.commands.results import evaluate, generate, report, verify
+from clm_dist.commands.sync import sync
 from clm_dist.commands.training import check, plan, replay, train
 
 __all__ = [
-    "check", "data_inspect", "data_verify", "evaluate", "generate", "plan", "prepare", "push", "replay", "report",
+    "check", "data_inspect", "data_verify", "evaluate", "generate", "plan", "prepare", "push", "replay", "report", "sync",
     "train", "verify",
 ]  # fmt: skip

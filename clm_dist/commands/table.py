@@ -1,5 +1,6 @@
 """The commands as the command line shows them: what each takes, its options, and what an interruption leaves."""
 
+import argparse
 from typing import Any
 
 DESCRIPTION = """Train causal language models on many processes: exact order, exact loss, exact perplexity.
@@ -14,6 +15,7 @@ DESCRIPTION = """Train causal language models on many processes: exact order, ex
   clm-dist replay   RUN STEP a step whose loss or gradient was bad, again
   clm-dist generate MODEL    text from a model folder or Hub id
   clm-dist report   RUN      one HTML page of a run
+  clm-dist sync     RUN      to dashboards what has not arrived there, from any machine with a route
   clm-dist push     RUN      its model to the Hugging Face Hub: what training could not, or any time later
 
 `clm-dist COMMAND --help` shows each command's settings."""
@@ -118,6 +120,18 @@ COMMANDS: dict[str, tuple[str, str, str, dict[str, dict[str, Any]]]] = {
         *("one self-contained HTML page of a run", "RUN", "run folder"),
         {"--output": {"help": "HTML file (default: RUN/report.html)"}},
     ),
+    "sync": (
+        *(
+            "deliver what waits in a run folder; may be interrupted and repeated, also while it trains",
+            "RUN",
+            "run folder",
+        ),
+        {
+            "--only": {"metavar": "NAME", "help": "this destination only, e.g. wandb (default: all of the recipe's)"},
+            "--status": {"action": "store_true", "help": "say what has arrived and what waits; deliver nothing"},
+            "--follow": {"action": "store_true", "help": argparse.SUPPRESS},  # how training starts its couriers
+        },
+    ),
     "push": (
         *("a run's model to the Hugging Face Hub; what waits in its outbox first", "RUN", "run folder"),
         {
@@ -147,4 +161,5 @@ INTERRUPTED = {
     "generate": "texts finished before are kept",
     "report": "nothing was written",
     "push": "what waits is kept, and the same command goes on with it",
+    "sync": "what has arrived is noted, and the same command delivers the rest",
 }

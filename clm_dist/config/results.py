@@ -34,13 +34,28 @@ class GenerateConfig(Section):
 
 
 class TrackConfig(Section):
-    """Dashboards on top of metrics.jsonl, which is always written."""
+    """Dashboards on top of metrics.jsonl, which is always written. Keys come from the environment only."""
 
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="Any of tensorboard, wandb.")
-    project: str = Field("clm-dist", description="Project name shown by the dashboard.")
-    wandb_mode: Literal["offline", "online"] = Field(
-        "offline",
-        description="offline writes into the run folder for a later `wandb sync`: compute nodes rarely have a route.",
+    trackers: tuple[Literal["wandb", "tensorboard", "trackio", "mlflow"], ...] = Field(
+        (), description="Any of wandb, tensorboard, trackio, mlflow; each is an extra of the package."
+    )
+    project: str = Field("clm-dist", description="Project (MLflow: experiment) that dashboards file the run under.")
+    name: str | None = Field(None, description="Name of the run on dashboards. None: that of its folder.")
+    entity: str | None = Field(None, description="Team or user that owns the W&B run. None: the key's default.")
+    group: str | None = Field(
+        None, description="W&B group. None: array-ID in a SLURM job array, so that a sweep stands together."
+    )
+    tags: tuple[str, ...] = Field((), description="W&B tags, for filters in its table of runs.")
+    wandb_mode: Literal["auto", "online", "offline"] = Field(
+        "auto",
+        description="auto: online with a key and a route, else offline; offline: rows wait for `clm-dist sync RUN`. "
+        "WANDB_MODE of the environment goes first.",
+    )
+    wait_seconds: float = Field(
+        15,
+        ge=0,
+        le=600,
+        description="At most so long a finished run waits for dashboards to confirm; the rest is for `clm-dist sync`.",
     )
 
 
@@ -65,6 +80,9 @@ class HubConfig(Section):
         False, description="Whether a repository with another model may be pushed over (its history keeps that)."
     )
     timeout: Seconds = Field(120, description="Seconds that the Hub may be silent before a call counts as failed.")
+    wait_seconds: float = Field(
+        120, ge=0, description="At most so long a finished run waits for its push; the rest is for `clm-dist push RUN`."
+    )
 
 
 class PublishConfig(Section):

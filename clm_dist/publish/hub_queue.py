@@ -29,7 +29,7 @@ from clm_dist.storage import write_text
 OUTBOX = Path("outbox", "hub")
 NOTES = OUTBOX / "delivered.json"
 FACTS, RECIPE, REPORT = "evaluation.json", "recipe.yaml", "report.html"
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json")
 # All that is ever uploaded: weights, configurations, the tokenizer's files, and what is said of the model.
 ALLOWED = (
     *WEIGHTS,

@@ -13,7 +13,7 @@ from clm_dist.data.tokenize import load_tokenizer, token_ids
 from clm_dist.ledger.ledger import last_row
 from clm_dist.model.build import check_fits, max_positions, model_configuration
 from clm_dist.model.generate import prompt_ids
-from clm_dist.publish.trackers import check_installed
+from clm_dist.publish.courier import check_installed, destinations
 from clm_dist.training import run_folder
 from clm_dist.training.plan import Plan, make_plan
 from clm_dist.training.resume import check_changes, check_same_run, choose
@@ -46,7 +46,7 @@ def open_job(config: Config, overwrite: bool, run: bool = True) -> Job:
     sources = filter(None, (config.model.name, config.data.tokenizer, named))
     if run:
         run_folder.check_free(config.run_dir, overwrite, sources, resume=may_resume)
-        check_installed(config)
+        check_installed(destinations(config))
     manifest = open_prepared(config)
     prepared = Path(config.data.prepared_dir)
     tokenizer = load_tokenizer(str(prepared / "tokenizer"))

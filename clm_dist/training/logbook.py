@@ -21,7 +21,7 @@ class Logbook:
         self.path = run / "ledger.jsonl"
         self.ledger: Ledger | None = None
         self.step_seconds = 0.0  # of the newest step
-        self._digest, self._data_seconds = 0, 0.0
+        self._digest, self.data_seconds = 0, 0.0  # of the newest step
         self._since = time.monotonic()
 
     def start(self, state: TrainState, began: float) -> None:
@@ -54,7 +54,7 @@ class Logbook:
 
     def read(self, digest: int, data_seconds: float) -> None:
         """What all ranks together read for the step under way, and how long this one waited for it."""
-        self._digest, self._data_seconds = digest % DIGEST_MODULUS, data_seconds
+        self._digest, self.data_seconds = digest % DIGEST_MODULUS, data_seconds
 
     def step(self, state: TrainState, start: int, update: bool) -> str:
         """A step is done; returns the new hash of what was consumed. start: the cursor before it."""
@@ -67,7 +67,7 @@ class Logbook:
             digest=self._digest,
             update=update,
             seconds=round(self.step_seconds, 6),
-            data_seconds=round(self._data_seconds, 6),
+            data_seconds=round(self.data_seconds, 6),
             consumed=consumed,
         )
         return consumed

@@ -1,11 +1,31 @@
 """What training shows: loss over the steps since the last line, speed, and the one designed log line."""
 
+import resource
 import time
+from typing import Any
 
 import torch
 
+from clm_dist.config import ModelConfig
+from clm_dist.planning.estimate import flops_per_token
+from clm_dist.planning.shapes import shapes
 from clm_dist.training.plan import Plan
 from clm_dist.training.state import TrainState
+
+# 10^12 operations a second in bf16 without sparsity, by NVIDIA's data sheets; the first name that is part of the device's
+PEAK_TFLOPS = {
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+    "B200": 2250,
+    "A100": 312,
+    "A800": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A10G": 70,
+    "A10": 125,
+}
 
 
 class Meter:
@@ -13,9 +33,18 @@ class Meter:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.flops_per_token = self.peak_flops = 0.0  # 0: not known
         self.steps = 0  # of this process, since the last line
-        self.window_seconds = 0.0
+        self.window_seconds = self.data_seconds = 0.0
         self._since = time.perf_counter()
+
+    def know_device(self, config: ModelConfig, built: Any) -> None:
+        """Where the data sheet of the GPU is known, the share of it that is used becomes a figure."""
+        peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        if peak is not None:
+            self.peak_flops = peak
+            # by convention what is computed a second time does not count
+            self.flops_per_token = flops_per_token(shapes(config, built), self.plan.block_size, checkpointing=False)
 
     def pause(self) -> None:
         """Stops the clock: what follows (evaluation, export) is not training."""
@@ -39,10 +68,31 @@ class Meter:
             "train/steps": state.steps,
             "perf/tokens_per_second": steps * self.plan.tokens_per_step / seconds,
             "perf/seconds_per_step": seconds / steps,
+            "perf/data_wait_share": self.data_seconds / seconds,
+            "perf/peak_memory_gib": peak_memory() / 2**30,
+            **self._mfu(steps * self.plan.tokens_per_step / seconds),
         }
         state.nll, state.tokens, state.steps = 0.0, 0, 0
-        self.steps, self.window_seconds = 0, 0.0
+        self.steps, self.window_seconds, self.data_seconds = 0, 0.0, 0.0
         return metrics
+
+    def _mfu(self, tokens_per_second: float) -> dict[str, float]:
+        """Share of what the GPUs' data sheet promises, where both it and the model's operations are known."""
+        if not self.flops_per_token or not self.peak_flops:
+            return {}
+        return {"perf/mfu": tokens_per_second * self.flops_per_token / (self.plan.world_size * self.peak_flops)}
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most: on its GPU, or, without one, at all."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_flops(device: str) -> float | None:
+    """Operations a second in bf16, dense, by the data sheet; None for what is not in the table."""
+    return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if name in device), None)
 
 
 def train_line(step: int, metrics: dict[str, float], plan: Plan) -> str:

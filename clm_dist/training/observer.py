@@ -13,8 +13,10 @@ from clm_dist.config import Config
 from clm_dist.engine.engine import Engine
 from clm_dist.model.build import max_positions
 from clm_dist.model.generate import generate
+from clm_dist.publish import outbox
+from clm_dist.publish.courier import Couriers, destinations
 from clm_dist.publish.export import export
-from clm_dist.publish.trackers import Tracker, open_trackers
+from clm_dist.publish.rows import METRICS, SAMPLES, MetricsFile
 from clm_dist.training import publishing
 from clm_dist.training.batches import Batches
 from clm_dist.training.evaluate import evaluate
@@ -23,6 +25,7 @@ from clm_dist.training.keeper import Keeper
 from clm_dist.training.meter import Meter, evaluation_line, train_line
 
 STEP = "outbox/step"  # in the run folder: an export on its way
+STOPPED = 5.0  # seconds that a run which was told to stop waits for its couriers
 
 
 class Observer:
@@ -37,15 +40,17 @@ class Observer:
         self.keeper, self.state, self.watch = keeper, keeper.state, keeper.watch
         self.meter = Meter(job.plan)
         self.folder = Path(config.run_dir)
-        self.trackers: list[Tracker] = []
+        self.metrics: MetricsFile | None = None  # these two on the main process
+        self.couriers: Couriers | None = None
 
     def begin(self) -> None:
-        """Prints the arithmetic, opens the trackers, evaluates where that is due: the model as it comes, or what an
+        """Prints the arithmetic, starts the couriers, evaluates where that is due: the model as it comes, or what an
         interruption left out."""
         if self.accelerator.is_main_process:
-            self.trackers, self.keeper.tracker_ids = open_trackers(
-                self.config, self.folder, self.keeper.tracker_ids, self.state.step
-            )
+            self.metrics = MetricsFile(self.folder / METRICS)
+            self.keeper.tracker_ids = outbox.identify(self.folder, self.keeper.tracker_ids)
+            self.couriers = Couriers(self.folder, self.config, self.say)
+            self.couriers.start(destinations(self.config))
         plain = self.engine.plain
         self.parameters = sum(getattr(one, "ds_numel", one.numel()) for one in plain.parameters())
         where = f"on {self.accelerator.device.type}, {self.engine.name}"
@@ -53,6 +58,7 @@ class Observer:
         self.say(str(self.plan))
         for line in self.job.sharding.lines():
             self.say(line)
+        self.meter.know_device(self.config.model, self.job.model_configuration)
         self.evaluate_if_due()
         self.keeper.logbook.mark()
         self.meter.resume()
@@ -61,6 +67,7 @@ class Observer:
         """Whatever is due once `state.step` updates are done."""
         step = self.state.step
         self.meter.steps += 1
+        self.meter.data_seconds += self.keeper.logbook.data_seconds
         if step % self.config.train.log_every == 0 or step == self.plan.max_steps:
             metrics = self.meter.read(self.state, lr, grad_norm)
             self.log(step, metrics)
@@ -76,17 +83,19 @@ class Observer:
         self.export("model")
         if self.config.publish.hub.when != "best":
             self.push("model")
-        self.close()
+        self.close("finished")
         self.keeper.logbook.end(self.state.step, "finished")
         self.say(f"done: {self.folder}/model is the model, {self.folder}/metrics.jsonl the figures")
         model, prompt = self.folder / "model", next(iter(self.config.generate.prompts), "The")
         report, generate = ("report", str(self.folder)), ("generate", str(model), "--prompt", prompt)
         self.say("next: " + "   ".join(shlex.join(("clm-dist", *command)) for command in (report, generate)))
 
-    def close(self) -> None:
-        """No more rows: what dashboards still hold in memory is written."""
-        for tracker in self.trackers:
-            tracker.finish()
+    def close(self, reason: str = "stopped") -> None:
+        """No more rows: waits a bounded time until what was written has arrived where it should; less when told to stop."""
+        if self.metrics is not None and self.couriers is not None:
+            self.metrics.finish()
+            with self.watch.during("delivering"):
+                self.couriers.end(reason, float("inf") if reason == "finished" else STOPPED)
 
     def evaluate_if_due(self) -> None:
         """Evaluates this step unless that is done; keeps the model where it is the best so far."""
@@ -133,7 +142,7 @@ class Observer:
             text = generate(plain, self.job.tokenizer, prompt, self.config.generate, self.config.seed + number)
             if self.accelerator.is_main_process:
                 row = {"step": self.state.step, "prompt": prompt, "text": text}
-                with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+                with (self.folder / SAMPLES).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def export(self, name: str) -> None:
@@ -170,9 +179,10 @@ class Observer:
                 self.say(problem)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One row to metrics.jsonl and every dashboard (none but on the main process)."""
-        for tracker in self.trackers:
-            tracker.log(metrics, step)
+        """One row to metrics.jsonl, from where couriers take it (on the main process)."""
+        if self.metrics is not None and self.couriers is not None:
+            self.metrics.log(metrics, step)
+            self.couriers.look()
 
     def say(self, line: str) -> None:
         """A line on the screen, once."""
