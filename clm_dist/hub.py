@@ -64,10 +64,12 @@ def is_unreachable(error: BaseException) -> bool:
     """Whether nobody answered: no route, no name, a refusal of the connection, silence."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    chain = _chain(error)
+    if any(isinstance(one, (HfHubHTTPError, OfflineModeIsEnabled)) for one in chain):
+        return False
     return any(
-        not isinstance(one, (HfHubHTTPError, OfflineModeIsEnabled))
-        and (isinstance(one, (ConnectionError, TimeoutError)) or type(one).__module__.split(".")[0].startswith("httpx"))
-        for one in _chain(error)
+        isinstance(one, (ConnectionError, TimeoutError)) or type(one).__module__.split(".")[0].startswith("httpx")
+        for one in chain
     )
 
 

@@ -228,6 +228,9 @@ class Handler(BaseHTTPRequestHandler):
     def body(self) -> Any:
         return json.loads(self.form)
 
+    def log_message(self, *_: object) -> None:
+        """Nothing on the terminal; the hub has the log."""
+
 
 JSON = {"Content-Type": "application/json"}
 ROUTES: list[tuple[str, str, Callable[..., Any]]] = []

@@ -58,7 +58,9 @@ def test_steps_that_are_computed_again_are_not_sent_again(tmp_path):
     write(tmp_path, (3, TRAIN), (4, TRAIN))
     assert [step for step, _ in send(unsent)] == [1, 2, 3]
     os.truncate(tmp_path / "metrics.jsonl", checkpoint)
-    write(tmp_path, *((step, {**TRAIN, "train/loss": 9.5}) for step in range(3, 8)))  # longer than before when looked at
+    write(
+        tmp_path, *((step, {**TRAIN, "train/loss": 9.5}) for step in range(3, 8))
+    )  # longer than before when looked at
     assert [step for step, _ in send(unsent, ended=True)] == [4, 5, 6, 7]
     assert send(Unsent(tmp_path, {"train": 5}), ended=True) == [(6, ["train"]), (7, ["train"])]
 

@@ -53,10 +53,10 @@ class Hub:
     ended: str | None = None  # how training ended: whatever it was, what waits is to arrive
 
     def __init__(self, run: Path, config: Config, say: Callable[[str], None] = print) -> None:
-        self.run, self.say = run, say
+        self.run, self.say, self.timeout = run, say, config.publish.hub.timeout
         for name, value in XET.items():
             os.environ.setdefault(name, value)
-        limit_silence(config.publish.hub.timeout)
+        limit_silence(self.timeout)
         from huggingface_hub import HfApi
 
         self.api = HfApi()
@@ -88,10 +88,10 @@ class Hub:
             commit = self._commit(item)
             if item.tag is not None:
                 self._tag(item, commit)
-        except Exception as error:
-            reason = explain(error, "model", item.repo, item.branch)
-            if reason is None:
-                raise
+        except (UserError, RunError):
+            raise
+        except Exception as error:  # of several libraries; an error page of a proxy is a JSONDecodeError
+            reason = explain(error, "model", item.repo, item.branch) or f"{error} ({type(error).__name__})"
             kind = UserError if _is_lasting(error) else RunError
             raise kind(f"push to {item.repo}: {reason}") from error
         note_delivered(self.run, item, commit)
@@ -131,16 +131,17 @@ class Hub:
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
         try:
-            self.api.model_info(item.repo)
+            self.api.model_info(item.repo, timeout=self.timeout)
         except GatedRepoError:
             raise
         except RepositoryNotFoundError:
             self.api.create_repo(item.repo, private=item.private, exist_ok=True)
+        ask = {"revision": item.branch, "files_metadata": True, "timeout": self.timeout}
         try:
-            info = self.api.model_info(item.repo, revision=item.branch, files_metadata=True)
+            info = self.api.model_info(item.repo, **ask)
         except RevisionNotFoundError:
             self.api.create_branch(item.repo, branch=item.branch, exist_ok=True)
-            info = self.api.model_info(item.repo, revision=item.branch, files_metadata=True)
+            info = self.api.model_info(item.repo, **ask)
         if item.private and info.private is False:
             raise UserError(public_problem(item.repo))
         return Remote(info.sha, {one.rfilename: one for one in info.siblings or []})

@@ -54,7 +54,7 @@ def _check(hub: HubConfig, repo: str, run: str | None) -> None:
         )
     account = api.whoami()
     try:
-        info = api.model_info(repo, files_metadata=True)
+        info = api.model_info(repo, files_metadata=True, timeout=PATIENCE)
     except GatedRepoError:
         raise
     except RepositoryNotFoundError:
@@ -65,7 +65,7 @@ def _check(hub: HubConfig, repo: str, run: str | None) -> None:
     # uploads nothing: small files travel with the commit, and there is none
     api.preupload_lfs_files(repo, [CommitOperationAdd(path_in_repo="config.json", path_or_fileobj=b"{}")])
     try:
-        info = api.model_info(repo, revision=hub.branch, files_metadata=True)
+        info = api.model_info(repo, revision=hub.branch, files_metadata=True, timeout=PATIENCE)
     except RevisionNotFoundError:
         return
     files = [one.rfilename for one in info.siblings or []]
@@ -80,7 +80,7 @@ def _ask_anonymously(api: Any, repo: str) -> None:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        api.model_info(repo, token=False)
+        api.model_info(repo, token=False, timeout=PATIENCE)
     except HfHubHTTPError as error:
         if error.response.status_code >= 500:
             raise
