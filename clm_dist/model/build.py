@@ -126,13 +126,13 @@ def load_model(
             f"{name} holds no weights (*.safetensors); to train it from random weights set model.from_scratch=true, "
             "else give a folder or Hub id with weights"
         )
+    # that of the configuration, which was loaded before
+    commit = None if built is None else hub.commit_of(name, revision, "config.json")
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             name,
             config=built,
-            **hub.resolve_model(
-                name, getattr(built, "_commit_hash", None) or revision
-            ),  # the commit of its configuration
+            **hub.resolve_model(name, commit or revision),
             trust_remote_code=trust_remote_code,
             dtype=torch.float32,
             use_safetensors=True,

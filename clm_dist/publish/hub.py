@@ -130,11 +130,14 @@ class Hub:
         """The branch as it is; a repository or branch that is missing is made."""
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+        is_there = True
         try:
             self.api.model_info(item.repo, timeout=self.timeout)
         except GatedRepoError:
             raise
         except RepositoryNotFoundError:
+            is_there = False
+        if not is_there:  # here, so that an error of it is none about a repository that is not found
             self.api.create_repo(item.repo, private=item.private, exist_ok=True)
         ask = {"revision": item.branch, "files_metadata": True, "timeout": self.timeout}
         try:

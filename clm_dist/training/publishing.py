@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from clm_dist.config import Config
+from clm_dist.hub import commit_of
 from clm_dist.ledger.ledger import first_chain
 from clm_dist.publish.card import model_card
 from clm_dist.publish.hub import git_oid
@@ -55,7 +56,8 @@ def pages(
         **figures,
     }
     prepared = {"tokenizer": manifest.tokenizer, "hub_ids": manifest.hub_ids(), **manifest.splits}
-    base = getattr(job.model_configuration, "_commit_hash", None)
+    model = config.model
+    base = commit_of(model.name, model.revision, "config.json") if model.name else None
     environment = run_folder.environment(accelerator)
     card = model_card(config, {**measured, **facts}, environment, prepared, rows, base).encode()
     identity = {"run": (first_chain(run / "ledger.jsonl") or "")[:RUN_ID], "learned": state.consumed}
