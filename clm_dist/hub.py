@@ -89,7 +89,8 @@ def explain(error: BaseException, kind: Kind, name: str, revision: str | None = 
     statuses = [one.response.status_code for one in chain if isinstance(one, errors.HfHubHTTPError)]
     status = statuses[-1] if statuses else None
     if met(errors.GatedRepoError) or "is a gated dataset" in str(error):  # `datasets` hides the former
-        return f"the {what} is gated{f' ({status})' if status else ''}: ask for access on its page, and set HF_TOKEN of the account that has it"
+        said = f" ({status})" if status else ""
+        return f"the {what} is gated{said}: ask for access on its page, and set HF_TOKEN of the account that has it"
     if met(errors.RevisionNotFoundError):
         return f"the {what} has no revision {revision}; check it, or leave it out for the newest"
     if met(errors.RepositoryNotFoundError):

@@ -139,7 +139,7 @@ class Hub:
             is_there = False
         if not is_there:  # here, so that an error of it is none about a repository that is not found
             self.api.create_repo(item.repo, private=item.private, exist_ok=True)
-        ask = {"revision": item.branch, "files_metadata": True, "timeout": self.timeout}
+        ask: dict[str, Any] = {"revision": item.branch, "files_metadata": True, "timeout": self.timeout}
         try:
             info = self.api.model_info(item.repo, **ask)
         except RevisionNotFoundError:
