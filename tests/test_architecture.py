@@ -55,6 +55,10 @@ PURE = [
     "planning/estimate.py",
     "planning/planner.py",
     "planning/zero_settings.py",
+    "publish/courier.py",
+    "publish/delivery.py",
+    "publish/outbox.py",
+    "publish/rows.py",
 ]
 
 

@@ -17,7 +17,7 @@ from test_hub import DATA, MODEL
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
 
-NAMES = ("README.md", "docs/data.md", "docs/recovery.md", "docs/planning.md", "docs/sharding.md")
+NAMES = ("README.md", "docs/data.md", "docs/recovery.md", "docs/planning.md", "docs/sharding.md", "docs/tracking.md")
 PAGES = "".join((ROOT / name).read_text(encoding="utf-8") for name in NAMES)
 SHARDED = {"zero2", "zero3", "by_deepspeed", "zero_nodes"}
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGES, re.DOTALL) for line in block.splitlines() if line]

@@ -34,13 +34,20 @@ class Board(ABC):
             sent = dict(outbox.notes(self.folder, self.name).get("sent", {}))
             self.tracker = self.open(sent)
             self._unsent = Unsent(self.folder, sent)
+        try:
+            self._log_rows()
+        except Exception:
+            self.tracker = None  # the next try opens it anew, and looks at what it has
+            raise
+        return True
+
+    def _log_rows(self) -> None:
         assert self._unsent is not None
         for row in self._unsent.rows(self.ended is not None):
             self.log(row)
             self._unsent.mark(row)
             if self.noted_at_once:
                 outbox.note(self.folder, self.name, sent=self._unsent.sent)
-        return True
 
     def log(self, row: Row) -> None:
         """One row."""

@@ -40,7 +40,7 @@ class Destination(Protocol):
     ended: str | None  # set by the courier once training writes nothing more: finished, preempted, ..., gone (killed)
 
     def deliver(self) -> bool:
-        """Sends what waits; True: nothing is left to send. Exceptions are told once, and it is tried again."""
+        """Sends what waits, or a part of it; True: nothing is left. Exceptions are told once, and it is tried again."""
         ...
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class Couriers:
         """One process for each. A courier that cannot be started is told; training goes on."""
         for name in names:
             try:
-                outbox.note(self.run, name, problem=None)
+                self._seen[name] = self._changed(name)  # what an earlier courier noted was told then
                 self._processes[name] = _spawn(self.run, name)
             except OSError as error:
                 self._tell(name, f"its courier could not be started ({error})")
@@ -112,7 +112,7 @@ class Couriers:
         """Shows what couriers have to say, once. Cheap: one look at a file's time for each."""
         for name in self._processes:
             try:
-                changed = (self.run / outbox.FOLDER / f"{name}.json").stat().st_mtime_ns
+                changed = self._changed(name)
                 if self._seen.get(name) == changed:
                     continue
                 self._seen[name] = changed
@@ -140,6 +140,10 @@ class Couriers:
                 )
                 self.say(f"{name}: {why}; `clm-dist sync {self.run}` delivers the rest, now or later")
         self._processes.clear()
+
+    def _changed(self, name: str) -> int:
+        path = self.run / outbox.FOLDER / f"{name}.json"
+        return path.stat().st_mtime_ns if path.exists() else 0
 
     def _bound(self, name: str, seconds: float) -> float:
         try:

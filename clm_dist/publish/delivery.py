@@ -68,6 +68,7 @@ def follow(run: Path, name: str, config: Config) -> int:
         with outbox.held(run, name, go_on_waiting=lambda: not clock.leave.is_set()) as still:
             clock.still = still
             outbox.log(run, name, f"process {os.getpid()} delivers")
+            _tell(run, name, None)
             destination = make_destination(name, run, config)
             problem = _deliver_until_told(run, destination, clock)
             if problem is None:
@@ -84,17 +85,24 @@ def _deliver_until_told(run: Path, destination: Destination, clock: Clock) -> st
     while True:
         leaving = clock.leave.is_set()
         destination.ended = clock.ended
+        done = False
+
+        def deliver() -> None:
+            nonlocal done
+            done = destination.deliver()
+
         try:
-            problem = _tried(destination.deliver)
+            problem = _tried(deliver)
         except OfflineError as offline:
             problem, leaving = f"offline ({offline})", True
         if problem != told:
             told = problem
             _tell(run, destination.name, problem)
-        if leaving:
+        if leaving and (done or problem):
             return problem
         pause = min(pause * 2, LONGEST_PAUSE) if problem else POLL
-        clock.leave.wait(pause)
+        if done or problem:
+            clock.leave.wait(pause)
 
 
 def deliver_now(run: Path, name: str, config: Config, say: Callable[[str], None]) -> str | None:
@@ -116,8 +124,12 @@ def deliver_now(run: Path, name: str, config: Config, say: Callable[[str], None]
 
 
 def _once(destination: Destination) -> str | None:
+    def all_of_it() -> None:
+        while not destination.deliver():
+            pass
+
     try:
-        return _tried(destination.deliver) or _tried(destination.close)
+        return _tried(all_of_it) or _tried(destination.close)
     except OfflineError as offline:
         return f"offline ({offline})"
 
@@ -138,8 +150,8 @@ def _tried(work: Callable[[], object]) -> str | None:
     except OfflineError:
         raise
     except (Exception, SystemExit) as error:
-        text = " ".join(str(error).split()) or "no message"
-        return f"{text[:300]} ({type(error).__name__})"
+        text = " ".join(str(error).split())[:300]
+        return text if text and isinstance(error, OSError) else f"{text} ({type(error).__name__})".strip()
     return None
 
 

@@ -28,7 +28,7 @@ def notes(run: Path, name: str) -> dict[str, Any]:
     """What is known of a destination: RUN/outbox/NAME.json; nothing before anything was done for it."""
     try:
         found = json.loads((run / FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a machine that lost its power may have left an empty file
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -58,7 +58,9 @@ def identify(run: Path, saved: dict[str, str]) -> dict[str, str]:
         found = {}
     if not found and saved and Path(saved["run_dir"]).is_dir() and _same_folder(saved["run_dir"], here):
         found = saved
-    ids = {"wandb": "".join(secrets.choice(LETTERS) for _ in range(8)), **found, "run_dir": here}
+    job = os.environ.get("SLURM_ARRAY_JOB_ID")  # its tasks are one sweep; a later `sync` is outside of the job
+    group = {"group": f"array-{job}"} if job else {}
+    ids = {"wandb": "".join(secrets.choice(LETTERS) for _ in range(8)), **group, **found, "run_dir": here}
     note(run, IDS, **ids)
     return ids
 

@@ -8,6 +8,7 @@ import json
 import netrc
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,6 +24,7 @@ URL = "https://api.wandb.ai"
 CONFIRM_EVERY = 30.0  # seconds between questions to the server, how much it has
 LAG = 15.0  # seconds that a server may take to count what it has just confirmed
 ROUTE = 1.5  # seconds in which `auto` has to find a route
+TRIES = 4  # at opening the run, while rows still come in
 INIT = 30.0  # seconds for W&B's client to open a run, after the server has answered us
 QUERY = """query Arrived($project: String!, $entity: String, $run: String!) {
   viewer { entity }
@@ -48,23 +50,50 @@ class WeightsAndBiases:
         """Opens the run where that is to be done, hands what waits to W&B's client, asks the server now and then."""
         if self.run is None:
             self._check_mode()
+            self._begin()
+        elif time.monotonic() - self._confirmed_at > CONFIRM_EVERY:
+            self._arrived()
+        try:
+            self._log_rows()
+        except Exception:
+            self._abandon()
+            raise
+        return True
+
+    def _begin(self) -> None:
+        """Opens the run where the server's rows end."""
+        for _ in range(TRIES):
             arrived, last = self._arrived()
             self._cut_journal(arrived, last)
             self.run = self._open()
-        elif time.monotonic() - self._confirmed_at > CONFIRM_EVERY:
-            self._arrived()
+            if self.run.starting_step == arrived:
+                return
+            self._abandon()  # rows of a client that was killed still came in, or the notes were lost: now they are known
+            time.sleep(1)
+        raise ConnectionError("W&B has other rows each time it is asked; does something else write into this run?")
+
+    def _log_rows(self) -> None:
         assert self._unsent is not None
         for row in self._unsent.rows(self.ended is not None):
             with self.journal.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": row.step, "kinds": sorted(row.kinds)}) + "\n")
             self.run.log(self._values(row))  # never with step=: W&B would drop what is not newer than its own count
             self._unsent.mark(row)
-        return True
+
+    def _abandon(self) -> None:
+        """The disk was full, or W&B's client has died: the next try asks the server what it has, and begins from there."""
+        import wandb
+
+        self.run = None
+        with suppress(Exception):
+            wandb.teardown()
 
     def close(self) -> None:
         """W&B's client uploads the rest; then the server is asked whether it has all."""
         if self.run is None:
             return
+        if self.ended not in ("finished", "gone"):
+            self.run.mark_preempting()
         self.run.finish(exit_code=0 if self.ended == "finished" else 1)
         wanted, deadline = len(self._rows()), time.monotonic() + LAG
         while self._arrived()[0] < wanted and time.monotonic() < deadline:
@@ -128,6 +157,7 @@ class WeightsAndBiases:
         import wandb
 
         track, known = self.config.track, outbox.notes(self.folder, self.name)
+        ids = outbox.notes(self.folder, outbox.IDS)
         followed = os.environ.get(FOLLOWED)
         environment = _read_json(self.folder / "environment.json")
         settings: dict[str, Any] = {
@@ -146,9 +176,9 @@ class WeightsAndBiases:
             entity=known.get("entity") or track.entity,
             project=known.get("project") or track.project,
             name=track.name or self.folder.resolve().name,
-            group=track.group or _array(),
+            group=track.group or ids.get("group"),
             tags=list(track.tags) or None,
-            id=self._id(),
+            id=ids["wandb"],
             resume="allow",
             dir=str(self.folder),
             mode="online",
@@ -206,12 +236,6 @@ def _key(url: str) -> str | None:
     except (OSError, netrc.NetrcParseError):
         return None
     return found[2] if found else None
-
-
-def _array() -> str | None:
-    """The tasks of a SLURM job array are one sweep."""
-    job = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return f"array-{job}" if job else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
