@@ -7,7 +7,7 @@ from clm_dist.config import Config, OptimConfig
 
 def disagreements(config: Config) -> list[str]:
     """Problems between fields, each with its remedy; empty when the tree makes sense as a whole."""
-    return [*_about_the_model(config), *_about_data(config), *_about_training(config)]
+    return [*_about_the_model(config), *_about_data(config), *_about_training(config), *_about_the_hub(config)]
 
 
 def _about_the_model(config: Config) -> Iterator[str]:
@@ -74,6 +74,17 @@ def lengths(optim: OptimConfig) -> str:
     """Which parts of the schedule are too long, and their verb."""
     warmup, decay = f"optim.warmup_steps={optim.warmup_steps}", f"optim.decay_steps={optim.decay_steps}"
     return f"{warmup} and {decay} do not fit" if optim.decay_steps else f"{warmup} does not fit"
+
+
+def _about_the_hub(config: Config) -> Iterator[str]:
+    hub = config.publish.hub
+    if (hub.every_steps is not None) != (hub.when == "steps"):
+        yield (
+            f"publish.hub.when={hub.when} with publish.hub.every_steps={hub.every_steps}: every_steps is for when=steps, "
+            "which needs it; change one of them"
+        )
+    if hub.repo is not None and hub.when == "best" and config.data.eval_fraction == 0:
+        yield "publish.hub.when=best with data.eval_fraction=0: nothing is evaluated; set publish.hub.when=end"
 
 
 def divisors(number: int) -> str:

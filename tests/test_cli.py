@@ -11,7 +11,7 @@ from clm_dist.cli import PATIENCE, main, parse
 from clm_dist.errors import ConfigError, nearest
 
 
-@pytest.mark.parametrize("command", ["", "prepare", "plan", "train", "evaluate", "generate", "report"])
+@pytest.mark.parametrize("command", ["", "prepare", "plan", "train", "evaluate", "generate", "report", "push"])
 def test_help_imports_no_torch(command):
     script = (
         "import sys; from clm_dist.cli import parse\n"

@@ -17,6 +17,7 @@ from local_hub import TOKEN, LocalHub, write_data, write_model
 DATA, MODEL = "dany0407/eli5_category", "distilbert/distilgpt2"  # those that the recipe names
 PRIVATE, PICKLED = "someone/private", "someone/pickled"
 DAMAGED, NOTHING = "someone/damaged", "someone/nothing"
+PUSHED = "someone/eli5"
 RECIPE = ROOT / "recipes" / "eli5_distilgpt2.yaml"
 SMALL = (
     *("run_dir=run", "data.prepared_dir=prepared", "data.block_size=32"),
@@ -136,23 +137,36 @@ def test_without_the_hub_another_commit_is_refused(place, prepared, target):
     assert_refused(place.run_recipe("prepare", *other, HF_HUB_OFFLINE="1"), DATA)
 
 
-def test_train_starts_from_the_weights_on_the_hub(place, prepared):
-    trained = place.run_recipe("train")
+def test_the_whole_journey_by_name(place, prepared):
+    """Load, prepare, train, evaluate, push, pull, evaluate again, generate: the recipe as it is shipped, but smaller."""
+    trained = place.run_recipe("train", f"publish.hub.repo={PUSHED}", HF_TOKEN=TOKEN)
     assert trained.code == 0, trained.err
-    assert (place.folder / "run" / "model" / "model.safetensors").is_file()
+    run, hub = place.folder / "run", place.hub
+    before = next(row for row in read_rows(run / "metrics.jsonl") if "eval/loss" in row)
+    assert before["step"] == 0
     measured = place.run_recipe("evaluate", "--model", MODEL, "--output", "hub.json")
     assert measured.code == 0, measured.err
-    before = next(row for row in read_rows(place.folder / "run" / "metrics.jsonl") if "eval/loss" in row)
-    assert before["step"] == 0
     of_the_hub = json.loads((place.folder / "hub.json").read_text())
-    assert of_the_hub["eval/loss"] == pytest.approx(before["eval/loss"], rel=1e-6)
+    assert of_the_hub["eval/loss"] == pytest.approx(before["eval/loss"], rel=1e-6)  # trained from those weights
+    commits = {kind: hub.repositories[key].commit for key, kind in ((("model", MODEL), "m"), (("dataset", DATA), "d"))}
+    assert json.loads((run / "environment.json").read_text())["base_model_commit"] == commits["m"]
+    assert json.loads((place.folder / "prepared" / "manifest.json").read_text())["tokenizer_commit"] == commits["m"]
 
+    [_, pushed] = hub.repositories["model", PUSHED].commits
+    assert pushed.files["model.safetensors"] == (run / "model" / "model.safetensors").read_bytes()
+    card = pushed.files["README.md"].decode()
+    assert f"from {MODEL} at commit `{commits['m']}`" in card and f"- {DATA}" in card
 
-def test_generate_continues_a_prompt(place, prepared):
-    result = place.run("generate", MODEL, "--prompt", "The sky is", "generate.max_new_tokens=5")
-    assert result.code == 0, result.err
-    assert result.out.startswith("The sky is")
-    assert len(result.out.strip()) > len("The sky is")
+    fresh = {"HF_TOKEN": TOKEN, "HF_HOME": str(place.folder / "elsewhere")}
+    pulled = place.run_recipe("evaluate", "--model", PUSHED, "--revision", "step-3", "--output", "pulled.json", **fresh)
+    assert pulled.code == 0, pulled.err
+    last = [row for row in read_rows(run / "metrics.jsonl") if "eval/loss" in row][-1]
+    assert json.loads((place.folder / "pulled.json").read_text())["eval/loss"] == pytest.approx(
+        last["eval/loss"], rel=1e-6
+    )
+    text = place.run("generate", PUSHED, "--prompt", "The sky is", "generate.max_new_tokens=5", **fresh)
+    assert text.code == 0, text.err
+    assert text.out.startswith("The sky is") and len(text.out.strip()) > len("The sky is")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,15 @@ from clm_dist.model.loss import next_token_nll
 
 def test_the_run_folder(trained):
     names = {path.name for path in (trained / "run").iterdir()}
-    expected = {"config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "ledger.jsonl", "checkpoints"}
+    expected = {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "ledger.jsonl",
+        "checkpoints",
+        "outbox",
+    }
     assert names == {*expected, "model", "model_best", ".lock"}
     environment = json.loads((trained / "run" / "environment.json").read_text())
     assert environment["processes"] == 1

@@ -2,11 +2,12 @@
 
 from clm_dist.commands.cluster import status, submit
 from clm_dist.commands.data import data_inspect, data_verify, prepare
+from clm_dist.commands.pushing import push
 from clm_dist.commands.results import evaluate, generate, report, verify
 from clm_dist.commands.sync import sync
 from clm_dist.commands.training import check, plan, replay, train
 
 __all__ = [
-    "check", "data_inspect", "data_verify", "evaluate", "generate", "plan", "prepare", "replay", "report", "status",
+    "check", "data_inspect", "data_verify", "evaluate", "generate", "plan", "prepare", "push", "replay", "report", "status",
     "submit", "sync", "train", "verify",
 ]  # fmt: skip

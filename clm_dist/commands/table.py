@@ -18,6 +18,7 @@ DESCRIPTION = """Train causal language models on many processes: exact order, ex
   clm-dist generate MODEL    text from a model folder or Hub id
   clm-dist report   RUN      one HTML page of a run
   clm-dist sync     RUN      to dashboards what has not arrived there, from any machine with a route
+  clm-dist push     RUN      its model to the Hugging Face Hub: what training could not, or any time later
 
 `clm-dist COMMAND --help` shows each command's settings."""
 
@@ -185,6 +186,21 @@ COMMANDS: dict[str, tuple[str, str, str, dict[str, dict[str, Any]]]] = {
             "--follow": {"action": "store_true", "help": argparse.SUPPRESS},  # how training starts its couriers
         },
     ),
+    "push": (
+        *("a run's model to the Hugging Face Hub; what waits in its outbox first", "RUN", "run folder"),
+        {
+            "--repo": {"metavar": "OWNER/NAME", "help": "repository (default: the recipe's publish.hub.repo)"},
+            "--what": {"choices": ("model", "model_best"), "help": "push this one (default: what waits, or model)"},
+            "--private": {"action": "store_true", "default": None, "help": "make it private (default: as the recipe)"},
+            "--public": {"action": "store_false", "dest": "private", "default": None, "help": "all may see it"},
+            "--branch": {"metavar": "NAME", "help": "branch (default: the recipe's publish.hub.branch)"},
+            "--replace": {
+                "action": "store_true",
+                "default": None,
+                "help": "commit over another model, if there is one",
+            },
+        },
+    ),
 }
 INTERRUPTED = {
     "prepare": "what was finished is kept, and the same command goes on from there",
@@ -200,5 +216,6 @@ INTERRUPTED = {
     "evaluate": "nothing was written",
     "generate": "texts finished before are kept",
     "report": "nothing was written",
+    "push": "what waits is kept, and the same command goes on with it",
     "sync": "what has arrived is noted, and the same command delivers the rest",
 }

@@ -37,7 +37,10 @@ def train(args: argparse.Namespace) -> None:
     from clm_dist.training.train import train as train_model
 
     if args.dry_run:
+        from clm_dist.training.publishing import check_hub
+
         job = open_job(config, args.overwrite)
+        check_hub(config, args.overwrite)
         print("\n".join([str(job.plan), *job.sharding.lines()]))
     else:
         train_model(config, args.overwrite, watch)

@@ -7,13 +7,13 @@ from pydantic import Field
 
 from clm_dist.config.data import DataConfig, MixtureEntry
 from clm_dist.config.learning import CheckpointConfig, ModelConfig, OptimConfig, TrainConfig
-from clm_dist.config.results import EvaluateConfig, GenerateConfig, PublishConfig, TrackConfig
+from clm_dist.config.results import EvaluateConfig, GenerateConfig, HubConfig, PublishConfig, TrackConfig
 from clm_dist.config.section import Section
 from clm_dist.fields import Location
 
 __all__ = [
-    "CheckpointConfig", "Config", "DataConfig", "EvaluateConfig", "GenerateConfig", "MixtureEntry", "ModelConfig",
-    "OptimConfig", "PublishConfig", "Section", "TrackConfig", "TrainConfig",
+    "CheckpointConfig", "Config", "DataConfig", "EvaluateConfig", "GenerateConfig", "HubConfig", "MixtureEntry",
+    "ModelConfig", "OptimConfig", "PublishConfig", "Section", "TrackConfig", "TrainConfig",
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from clm_dist.config.section import Section
-from clm_dist.fields import Count
+from clm_dist.fields import Count, Seconds
 
 
 class EvaluateConfig(Section):
@@ -59,8 +59,35 @@ class TrackConfig(Section):
     )
 
 
+class HubConfig(Section):
+    """Pushing to the Hugging Face Hub, in the background: docs/hub.md."""
+
+    repo: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
+        max_length=96,
+        description="owner/name on the Hub. None: nothing is pushed.",
+    )
+    when: Literal["end", "best", "steps"] = Field(
+        "end",
+        description="end: the finished model; best: each best one so far; steps: every every_steps, and the finished one.",
+    )
+    every_steps: Count | None = Field(None, description="Steps between pushes, with when=steps.")
+    private: bool = Field(True, description="Of a repository that is made. Only you see it, until you say otherwise.")
+    branch: str = Field("main", min_length=1, description="What is committed to; made where there is none.")
+    tag_steps: bool = Field(True, description="Tag each push step-N, so that it can be loaded by revision.")
+    replace: bool = Field(
+        False, description="Whether a repository with another model may be pushed over (its history keeps that)."
+    )
+    timeout: Seconds = Field(120, description="Seconds that the Hub may be silent before a call counts as failed.")
+    wait_seconds: float = Field(
+        120, ge=0, description="At most so long a finished run waits for its push; the rest is for `clm-dist push RUN`."
+    )
+
+
 class PublishConfig(Section):
-    """What the model card of the exported folder says beside the measured figures."""
+    """What the model card of the exported folder says beside the measured figures, and where it is pushed."""
 
     language: str = Field("en", description="Language tag of the text.")
     license: str | None = Field(None, description="License identifier, e.g. apache-2.0. None: the card names none.")
+    hub: HubConfig = HubConfig()

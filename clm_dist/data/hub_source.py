@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from clm_dist import hub
 from clm_dist.config import MixtureEntry
 from clm_dist.data.files import ROWS_PER_BATCH
 from clm_dist.data.records import CHUNK_BYTES, Chunk, Tables
@@ -99,23 +100,11 @@ def _newest_commit(entry: MixtureEntry) -> str | None:
     `datasets` falls back to the newest cached copy with only a warning when the Hub refuses or is silent; with a
     commit in the manifest that cannot pass unnoticed.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
     try:
-        return HfApi().dataset_info(str(entry.source), revision=entry.revision).sha
-    except OfflineModeIsEnabled:
-        return None
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise UserError(
-            f"the Hub has no data set {entry.source} (revision {entry.revision or 'newest'}) that you may read: "
-            f"{str(error).splitlines()[0]}; check the name, set HF_TOKEN for a private set, or give a local file as "
-            "data.source"
-        ) from None
+        return hub.resolve("dataset", str(entry.source), entry.revision)
     except Exception as error:  # of the HTTP library, which is another one from version to version of huggingface_hub
-        raise UserError(
-            f"cannot ask the Hub for data.source={entry.source}: {error}; check the connection, set HF_HUB_OFFLINE=1 "
-            "to use what was fetched before, or give a local file as data.source"
+        raise hub.refused(
+            error, "dataset", str(entry.source), entry.revision, "data.source", "or give a local file"
         ) from None
 
 
@@ -145,6 +134,9 @@ def _load(entry: MixtureEntry, split: str, revision: str | None, streaming: bool
             entry.source, entry.config_name, split=split, revision=revision, streaming=streaming
         )
     except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if hub.explain(error, "dataset", str(entry.source), revision) is not None:
+            remedy = "or give a local file of the same schema"
+            raise hub.refused(error, "dataset", str(entry.source), revision, "data.source", remedy) from None
         reason = " ".join(str(error.__cause__ or error).split())  # DatasetGenerationError alone says nothing
         raise UserError(
             f"cannot load data.source={entry.source}, split {split}: {reason}; "

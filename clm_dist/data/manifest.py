@@ -68,6 +68,7 @@ class Manifest:
     files: dict[str, dict[str, Any]]  # by path in the folder: sha256, bytes, and blocks where it holds some
     versions: dict[str, str]
     format: int = field(default=FORMAT)
+    tokenizer_commit: str | None = None  # on the Hub, of a tokenizer that came from there
 
     def save(self, folder: Path) -> None:
         """Written last: a folder without it is not a prepared one."""

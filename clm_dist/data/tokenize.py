@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from clm_dist import hub
 from clm_dist.config import Config
 from clm_dist.errors import UserError, nearest
 
@@ -30,12 +31,11 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         hint = known if known.startswith("; did you mean") else ""
         raise UserError(f"there is no tokenizer at {name}{hint}; give a folder with tokenizer.json, or a Hub id")
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        where = hub.resolve_model(name, revision)
+        return AutoTokenizer.from_pretrained(name, **where, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"cannot load a tokenizer from {name}: {' '.join(str(error).split())[:300]}; "
-            "give a folder with tokenizer.json or a Hub id as data.tokenizer (HF_TOKEN for a private one)"
-        ) from None
+        remedy = "or give a folder with tokenizer.json as data.tokenizer"
+        raise hub.refused(error, "model", name, revision, "the tokenizer", remedy) from None
 
 
 def load_tokenizer_of(config: Config) -> Any:
@@ -49,6 +49,14 @@ def tokenizer_name(config: Config) -> str:
     if config.data.tokenizer_vocab_size is not None:
         return f"byte-level BPE of {config.data.tokenizer_vocab_size} trained on the training documents"
     return str(config.data.tokenizer or config.model.name)
+
+
+def tokenizer_commit(config: Config) -> str | None:
+    """The commit on the Hub that a recipe's tokenizer was loaded from; None for a folder or one that is trained."""
+    if config.data.tokenizer_vocab_size is not None:
+        return None
+    revision = config.model.revision if config.data.tokenizer is None else None
+    return hub.commit_of(tokenizer_name(config), revision, "tokenizer_config.json")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:

@@ -59,6 +59,15 @@ def chained(previous: str, row: dict[str, Any]) -> str:
     return _hash(previous + json.dumps({key: row[key] for key in sorted(row) if key != "chain"}))
 
 
+def first_chain(path: Path) -> str | None:
+    """The chain of the first row, which no other run has; None where there is none."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return str(json.loads(file.readline())["chain"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 class Ledger:
     """The file, open for more rows. On the main process only."""
 

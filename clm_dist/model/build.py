@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from clm_dist import hub
 from clm_dist.config import ModelConfig
 from clm_dist.errors import ConfigError, UserError, nearest
 
@@ -60,12 +61,11 @@ def load_configuration(name: str, revision: str | None = None, trust_remote_code
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        where = hub.resolve_model(name, revision)
+        return AutoConfig.from_pretrained(name, **where, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot load a model configuration from {name}: {' '.join(str(error).split())[:300]}; "
-            "give a folder with config.json or a Hub id (HF_TOKEN for a private one)"
-        ) from None
+        remedy = "or give a folder with config.json as model.name"
+        raise hub.refused(error, "model", name, revision, "model.name", remedy) from None
 
 
 def check_fits(built: Any, block_size: int, vocab_size: int, name: str) -> None:
@@ -126,21 +126,21 @@ def load_model(
             f"{name} holds no weights (*.safetensors); to train it from random weights set model.from_scratch=true, "
             "else give a folder or Hub id with weights"
         )
+    # that of the configuration, which was loaded before
+    commit = None if built is None else hub.commit_of(name, revision, "config.json")
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             name,
             config=built,
-            revision=revision,
+            **hub.resolve_model(name, commit or revision),
             trust_remote_code=trust_remote_code,
             dtype=torch.float32,
             use_safetensors=True,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: sizes that do not fit
-        raise UserError(
-            f"cannot load a causal language model from {name}: {' '.join(str(error).split())[:300]}; "
-            "check the name, or set HF_TOKEN for a private model"
-        ) from None
+        remedy = "or give a folder or Hub id with the weights of a causal language model (*.safetensors)"
+        raise hub.refused(error, "model", name, revision, "model.name", remedy) from None
     missing = sorted(loaded["missing_keys"])
     if missing:  # transformers draws them at random: another model in every process and at every start
         raise UserError(

@@ -58,6 +58,7 @@ DESTINATIONS = {
     "tensorboard": "clm_dist.publish.boards:TensorBoard",
     "trackio": "clm_dist.publish.boards:Trackio",
     "mlflow": "clm_dist.publish.boards:MLflow",
+    "hub": "clm_dist.publish.hub:Hub",
 }
 
 EXTRAS = ("wandb", "tensorboard", "trackio", "mlflow")  # of the package, and what they install has the same names
@@ -65,12 +66,12 @@ EXTRAS = ("wandb", "tensorboard", "trackio", "mlflow")  # of the package, and wh
 
 def destinations(config: Config) -> list[str]:
     """Where a run's recipe has it go, in the recipe's order."""
-    return list(dict.fromkeys(config.track.trackers))
+    return [*dict.fromkeys(config.track.trackers), *(["hub"] if config.publish.hub.repo is not None else [])]
 
 
 def patience(name: str, config: Config) -> float:
     """Seconds that training waits for a destination at its very end."""
-    return config.track.wait_seconds
+    return config.publish.hub.wait_seconds if name == "hub" else config.track.wait_seconds
 
 
 def check_installed(names: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
 """A plain Hugging Face folder: safetensors, tokenizer, generation config, model card."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ def export(
     weights: Iterable[tuple[str, torch.Tensor | None]],
     tokenizer: Any,
     folder: Path,
-    card: str,
+    pages: Mapping[str, bytes],
     sampling: GenerateConfig,
     is_main_process: bool,
 ) -> None:
     """Writes `folder` for `from_pretrained` and `pipeline`. Every rank must call this; the main process writes.
 
-    weights: all of them by name; taking them is collective where they are sharded. Written beside its place first, and
-    read back: a folder of that name stays until the new one is whole.
+    weights: all of them by name; taking them is collective where they are sharded. pages: other files by name, the card
+    among them. Written beside its place first, and read back: a folder of that name stays until the new one is whole.
     """
     held = {name: tensor for name, tensor in weights if tensor is not None}
     if not is_main_process:
@@ -37,9 +37,10 @@ def export(
     plain.config.use_cache = trained_with_cache
     check_written(staged, held)
     tokenizer.save_pretrained(staged)
-    (staged / "README.md").write_text(card, encoding="utf-8")
+    for name, content in pages.items():
+        (staged / name).write_bytes(content)
     for path in staged.glob("*.safetensors"):  # which safetensors makes readable to its owner alone
-        path.chmod((staged / "README.md").stat().st_mode & 0o777)
+        path.chmod((staged / "config.json").stat().st_mode & 0o777)
     former = folder.with_name(f".{folder.name}.former")
     shutil.rmtree(former, ignore_errors=True)
     if folder.exists():

@@ -10,11 +10,15 @@ import jinja2
 from clm_dist.errors import UserError
 from clm_dist.publish.card import TEMPLATES
 
+Curve = tuple[str, list[tuple[int, float]], str]  # label, (step, value), color
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#64748b"
 
 
-def write_report(run: Path, output: Path | None = None) -> Path:
-    """Writes RUN/report.html (or `output`) from what the run folder holds; returns its path."""
+def write_report(run: Path, output: Path | None = None, recipe: str | None = None) -> Path:
+    """Writes RUN/report.html (or `output`) from what the run folder holds; returns its path.
+
+    recipe: shown in the place of RUN/config.yaml, and without the command line, on a page that is public.
+    """
     rows = read_rows(run / "metrics.jsonl")
     missing = [name for name in ("config.yaml", "environment.json") if not (run / name).is_file()]
     if missing or not rows:
@@ -23,14 +27,15 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     loader = jinja2.FileSystemLoader(TEMPLATES)
     templates = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    left_out = {"versions"} if recipe is None else {"versions", "command"}
     page = templates.get_template("report.html.j2").render(
         name=run.resolve().name,
         plots=plots(rows),
         headline=headline(rows),
         evaluations=[row for row in rows if "eval/loss" in row],
         samples=samples_by_prompt(read_rows(run / "samples.jsonl")),
-        config=(run / "config.yaml").read_text(encoding="utf-8"),
-        environment={key: value for key, value in environment.items() if key != "versions"},
+        config=recipe or (run / "config.yaml").read_text(encoding="utf-8"),
+        environment={key: value for key, value in environment.items() if key not in left_out},
         versions=environment["versions"],
     )
     output = output or run / "report.html"
@@ -105,18 +110,33 @@ def curve(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
     return [(row["step"], row[name]) for row in rows if name in row]
 
 
-def svg(title: str, curves: list[tuple[str, list[tuple[int, float]], str]], log: bool = False) -> str:
+def svg(title: str, curves: list[Curve], log: bool = False) -> str:
     """One plot as an <svg> element; empty where no curve has a point."""
     import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    if not any(points for _, points, _ in curves):
+        return ""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": title}):  # the same run gives the same page
+        _figure(title, curves, log).savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def loss_picture(rows: list[dict[str, Any]]) -> bytes:
+    """The loss of training and of held-out text as PNG, for the card."""
+    curves = [("train", curve(rows, "train/loss"), BLUE), ("held-out", curve(rows, "eval/loss"), ORANGE)]
+    buffer = io.BytesIO()
+    _figure("Loss, nats per token", curves).savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _figure(title: str, curves: list[Curve], log: bool = False) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
     drawn = [one for one in curves if one[1]]
-    if not drawn:
-        return ""
     figure = Figure(figsize=(5.6, 3.2), layout="constrained")
-    FigureCanvasSVG(figure)
     axes = figure.add_subplot()
     for label, points, color in drawn:
         steps, values = zip(*points, strict=True)
@@ -133,8 +153,4 @@ def svg(title: str, curves: list[tuple[str, list[tuple[int, float]], str]], log:
     axes.spines[["top", "right"]].set_visible(False)
     if len(drawn) > 1:
         axes.legend(fontsize=8, frameon=False)
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": title}):  # the same run gives the same page
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return figure

@@ -14,17 +14,17 @@ from clm_dist.engine.engine import Engine
 from clm_dist.model.build import max_positions
 from clm_dist.model.generate import generate
 from clm_dist.publish import outbox
-from clm_dist.publish.card import model_card
 from clm_dist.publish.courier import Couriers, destinations
 from clm_dist.publish.export import export
 from clm_dist.publish.rows import METRICS, SAMPLES, MetricsFile
-from clm_dist.training import run_folder
+from clm_dist.training import publishing
 from clm_dist.training.batches import Batches
 from clm_dist.training.evaluate import evaluate
 from clm_dist.training.job import Job
 from clm_dist.training.keeper import Keeper
 from clm_dist.training.meter import Meter, evaluation_line, train_line
 
+STEP = "outbox/step"  # in the run folder: an export on its way
 STOPPED = 5.0  # seconds that a run which was told to stop waits for its couriers
 
 
@@ -75,11 +75,14 @@ class Observer:
         self.meter.pause()
         self.evaluate_if_due()
         self.keeper.after_step(lr)
+        self.push_if_due()
         self.meter.resume()
 
     def end(self) -> None:
         """The final export, and where everything lies."""
         self.export("model")
+        if self.config.publish.hub.when != "best":
+            self.push("model")
         self.close("finished")
         self.keeper.logbook.end(self.state.step, "finished")
         self.say(f"done: {self.folder}/model is the model, {self.folder}/metrics.jsonl the figures")
@@ -109,6 +112,8 @@ class Observer:
         if state.step > 0 and math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
             state.best_loss = loss
             self.export("model_best")
+            if self.config.publish.hub.when == "best":
+                self.push("model_best")
 
     def evaluate(self) -> dict[str, float]:
         """Figures of the held-out blocks; none where there are no blocks, or all ranks agreed to leave."""
@@ -153,19 +158,32 @@ class Observer:
             self._export(name)
 
     def _export(self, name: str) -> None:
-        figures: dict[str, Any] = {
-            **self.state.evaluation, "step": self.state.step, "arithmetic": str(self.plan), "parameters": self.parameters,
-        }  # fmt: skip
-        environment = run_folder.environment(self.accelerator)
-        manifest = self.job.manifest
-        prepared = {"tokenizer": manifest.tokenizer, "hub_ids": manifest.hub_ids(), **manifest.splits}
-        card = model_card(self.config, figures, environment, prepared)
+        figures: dict[str, Any] = {"parameters": self.parameters, "engine": self.engine.name}
+        main = self.accelerator.is_main_process
+        pages = publishing.pages(self.accelerator, self.config, self.job, self.state, figures) if main else {}
         sampling, positions = self.config.generate, max_positions(self.job.model_configuration)
         if positions is not None and sampling.max_new_tokens >= positions:  # `pipeline` would run past the last
             sampling = sampling.model_copy(update={"max_new_tokens": positions // 2})
         weights = self.engine.full_weights()
-        main = self.accelerator.is_main_process
-        export(self.engine.plain, weights, self.job.tokenizer, self.folder / name, card, sampling, main)
+        export(self.engine.plain, weights, self.job.tokenizer, self.folder / name, pages, sampling, main)
+
+    def push_if_due(self) -> None:
+        """Exports and queues this step where the recipe says so; the last one is pushed when it is finished."""
+        every = self.config.publish.hub.every_steps
+        if every and self.state.step % every == 0 and self.state.step < self.plan.max_steps and not self.keeper.leaving:
+            self.export(STEP)
+            self.push(STEP)
+            if self.accelerator.is_main_process:
+                publishing.drop(self.folder / STEP)
+
+    def push(self, name: str) -> None:
+        """Puts an exported model into the outbox: a courier takes it to the Hub."""
+        if self.config.publish.hub.repo is not None and self.accelerator.is_main_process:
+            what = "model" if name == STEP else name
+            with self.watch.during("exporting"):
+                problem = publishing.queue_push(self.config, self.folder / name, what)
+            if problem is not None:
+                self.say(problem)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One row to metrics.jsonl, from where couriers take it (on the main process)."""

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
+from clm_dist import hub
 from clm_dist.checkpoint import folder
 from clm_dist.checkpoint.folder import Checkpoint, checkpoints
 from clm_dist.checkpoint.sameness import differences, saved_configuration
@@ -66,7 +67,8 @@ def settle(
     place = run / "checkpoints"
     begins = not run_folder.is_run(config.run_dir) or job.overwrite
     if begins:
-        commit = getattr(job.model_configuration, "_commit_hash", None)
+        model = config.model
+        commit = hub.commit_of(model.name, model.revision, "config.json") if model.name else None
         run_folder.create(config, accelerator, commit, job.overwrite)
     folder.clear(place)
     own = checkpoint is not None and checkpoint.path.parent.resolve() == place.resolve()

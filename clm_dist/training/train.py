@@ -22,6 +22,7 @@ from clm_dist.training.keeper import Keeper
 from clm_dist.training.observer import Observer
 from clm_dist.training.optimizer import make_optimizer
 from clm_dist.training.plan import Plan
+from clm_dist.training.publishing import check_hub
 from clm_dist.training.runtime import finish, start
 from clm_dist.training.schedule import lr_at
 from clm_dist.training.sharding import check_live
@@ -37,6 +38,7 @@ def train(config: Config, overwrite: bool = False, watch: Watch | None = None) -
         if watch.rank == 0:
             print(f"{config.run_dir} is finished; --overwrite trains it again, another run_dir keeps both", flush=True)
         return
+    check_hub(config, overwrite)
     accelerator = start(config.train.mixed_precision, job.sharding.settings)
     with run_folder.joined(config, accelerator, watch):
         model = build_model(config.model, job.model_configuration, config.seed)

@@ -125,7 +125,7 @@ def exported(engine, job):
     def ours():
         folder = Path(FOLDER, "model")
         sampling = recipe.load(RECIPE, OVERRIDES).generate
-        export(engine.plain, engine.full_weights(), job.tokenizer, folder, "", sampling, main)
+        export(engine.plain, engine.full_weights(), job.tokenizer, folder, {}, sampling, main)
 
     figures["ours"] = peak(ours)
     for name in ("get_state_dict", "gathered_at_once"):
