@@ -137,6 +137,7 @@ def test_without_the_hub_another_commit_is_refused(place, prepared, target):
     assert_refused(place.run_recipe("prepare", *other, HF_HUB_OFFLINE="1"), DATA)
 
 
+@pytest.mark.outside
 def test_the_whole_journey_by_name(place, prepared):
     """Load, prepare, train, evaluate, push, pull, evaluate again, generate: the recipe as it is shipped, but smaller."""
     trained = place.run_recipe("train", f"publish.hub.repo={PUSHED}", HF_TOKEN=TOKEN)

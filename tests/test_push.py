@@ -145,6 +145,7 @@ CALLS = {
 BESIDE = {CALLS[name] for name in ("card", "upload", "verify")}  # which no token decides about
 
 
+@pytest.mark.outside
 @pytest.mark.parametrize("pattern", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("fault", [{"status": 500}, {"reset": True}, {"lost": True}, {"status": 401}], ids=str)
 def test_any_call_may_fail_and_there_is_one_commit(hub, run, monkeypatch, pattern, fault):
@@ -181,6 +182,7 @@ def test_a_commit_that_lands_long_after_its_time_is_not_made_twice(hub, run):
     assert len(pushes(hub)) == 1
 
 
+@pytest.mark.outside
 @pytest.mark.parametrize("call", ["look", "create", "upload", "commit", "tags"])
 def test_silence_is_a_failed_call(hub, run, call):
     """The client alone would wait for ever in all but the uploads."""

@@ -12,7 +12,7 @@ import pytest
 from conftest import execute, launch, prepare_recipe, run_command
 from local_hub import TOKEN, Fault, LocalHub
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.outside]
 
 REPO = "someone/trained"
 UPLOADED = {

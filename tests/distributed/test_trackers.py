@@ -19,7 +19,7 @@ from local_wandb import KEY, LocalWandb
 from clm_dist.publish import outbox
 
 pytest.importorskip("wandb")
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.outside]
 WANDB = {"trackers": ["wandb"], "project": "a-test", "tags": ["tiny"], "group": "sweep"}
 
 
@@ -89,7 +89,6 @@ def kill_courier(run: Path) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.slow
 def test_one_run_over_three_restarts_of_two_processes(tmp_path, server):
     recipe, run = recipe_in(tmp_path, 150), tmp_path / "run"
 
@@ -124,7 +123,6 @@ def test_one_run_over_three_restarts_of_two_processes(tmp_path, server):
     check_no_key(tmp_path)
 
 
-@pytest.mark.slow
 def test_an_endpoint_that_is_not_there_costs_nothing_and_all_is_delivered_later(tmp_path, server):
     recipe, run = recipe_in(tmp_path, 40, wandb_mode="online"), tmp_path / "run"
     nowhere = {**server.environment, "WANDB_BASE_URL": "http://127.0.0.1:9"}
