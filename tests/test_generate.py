@@ -76,7 +76,7 @@ def test_the_command(trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "needle"),
     [
-        (["nowhere", "--prompt", "x"], "from nowhere"),
+        (["nowhere", "--prompt", "x"], "model.name=nowhere"),
         (["MODEL"], "no prompt; give --prompt TEXT"),
         (["MODEL", "--prompts-file", "nowhere.txt"], "nowhere.txt does not exist"),
         (["MODEL", "--prompt", "x", "generate.top_kk=3"], "unknown key generate.top_kk; did you mean generate.top_k?"),

@@ -129,7 +129,7 @@ def test_a_model_that_cannot_be_traced_is_by_formula(recipe, capsys, monkeypatch
         ([*ROOM, "model.config.n_head=5"], "builds no gpt2"),
         ([*ROOM, "model.config.n_lyer=5"], "did you mean n_layer?"),
         ([*ROOM, "data.block_size=65"], "data.block_size=65 exceeds the 64 positions of gpt2"),
-        ([*ROOM, "model.type=null", "model.name=/nowhere", "model.config={}"], "cannot load a model configuration"),
+        ([*ROOM, "model.type=null", "model.name=/nowhere", "model.config={}"], "cannot load model.name=/nowhere"),
     ],
 )
 def test_bad_input_is_one_message(recipe, arguments, needle, capsys):

@@ -77,7 +77,7 @@ def test_what_a_checkpoint_holds(folder):
     assert (state["step"], state["cursor"], state["world_size"]) == (10, 120, 1)
     assert state["evaluated"] == 6 and state["best_loss"] == state["evaluation"]["eval/loss"]
     assert state["steps"] == 1 and state["tokens"] == 12 * 15  # one step since the log line of step 9
-    assert len(state["data"]) == 64 and state["trackers"] == {}
+    assert len(state["data"]) == 64 and set(state["trackers"]) == {"wandb", "run_dir"}
     names = {path.name for path in checkpoint.iterdir()}
     shares = {"model-00001-of-00001.safetensors", "optimizer-00001-of-00001.safetensors", "rank-00000.json"}
     assert names == {*shares, "state.json", "config.yaml", "manifest.json", "COMMITTED"}

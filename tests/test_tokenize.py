@@ -45,7 +45,7 @@ def test_the_smallest_type_that_holds_the_vocabulary():
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
-    with pytest.raises(UserError, match="cannot load a tokenizer from"):
+    with pytest.raises(UserError, match="cannot load the tokenizer="):
         load_tokenizer(str(tmp_path))
 
 

@@ -29,7 +29,7 @@ def test_only_the_main_process_speaks_and_writes(folder):
     assert done.out.count("tokens per step") == 1 and done.out.count("done: ") == 1
     assert len(read_rows(folder / "once" / "metrics.jsonl")) == 3  # evaluation, step 1, evaluation
     left = {path.name for path in (folder / "once").iterdir()}
-    written = {"config.yaml", "environment.json", "metrics.jsonl", "ledger.jsonl", "checkpoints"}
+    written = {"config.yaml", "environment.json", "metrics.jsonl", "ledger.jsonl", "checkpoints", "outbox"}
     assert left == {*written, "model", "model_best", ".lock"}
     assert "Traceback" not in done.err and "Warning" not in done.err, done.err
 
