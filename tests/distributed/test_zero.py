@@ -88,7 +88,7 @@ def test_the_first_steps(run, config):
 def test_shards_change_nothing(run, record_property, config, processes):
     found, reference = run(config, processes, LONG), run("ddp", 1, LONG)
     assert_same(found, reference, LONG)
-    difference = abs(found.losses - reference.losses).max()
+    difference = float(abs(found.losses - reference.losses).max())
     record_property("largest difference of losses", difference)
     print(f"{config} x {processes}: losses differ by {difference:.1e} at most")
 
