@@ -88,6 +88,8 @@ def explain(error: BaseException, kind: Kind, name: str, revision: str | None = 
 
     statuses = [one.response.status_code for one in chain if isinstance(one, errors.HfHubHTTPError)]
     status = statuses[-1] if statuses else None
+    if met(errors.HFValidationError):
+        return f"there is no folder {name}, and a name on the Hub is written owner/name; check the path"
     if met(errors.GatedRepoError) or "is a gated dataset" in str(error):  # `datasets` hides the former
         said = f" ({status})" if status else ""
         return f"the {what} is gated{said}: ask for access on its page, and set HF_TOKEN of the account that has it"
@@ -126,7 +128,8 @@ def refused(error: BaseException, kind: Kind, name: str, revision: str | None, s
     reason = explain(error, kind, name, revision)
     if reason is not None:
         return UserError(f"{setting}={name}: {reason}; {remedy}")
-    return UserError(f"cannot load {setting}={name}: {' '.join(str(error.__cause__ or error).split())[:300]}; {remedy}")
+    told = " ".join(str(error.__cause__ or error).split())[:300].rstrip(".")
+    return UserError(f"cannot load {setting}={name}: {told}; {remedy}")
 
 
 def _chain(error: BaseException) -> list[BaseException]:

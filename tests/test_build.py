@@ -37,7 +37,10 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_generator_alone():
             ModelConfig(type="gpt2", config={"n_layers": 3}),
             r"unknown key model.config.n_layers; did you mean n_layer\?",
         ),
-        (ModelConfig(name="no/such/folder"), "cannot load model.name=no/such/folder"),
+        (
+            ModelConfig(name="no/such/folder"),
+            "model.name=no/such/folder: there is no folder no/such/folder, and a name on the Hub is written owner/name",
+        ),
     ],
 )
 def test_refusals(config, needle):

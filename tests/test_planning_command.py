@@ -1,6 +1,7 @@
 """`clm-dist plan`: a table, JSON, and one message for bad input; no data, no GPU and no network."""
 
 import json
+import re
 
 import pytest
 from conftest import ROOT, recipe_values, write_recipe
@@ -35,6 +36,19 @@ def test_a_table_before_anything_is_prepared(recipe, capsys):
         *("ddp", "ddp", "zero1", "zero1", "zero2", "zero2", "zero3", "zero3"),
         *("fsdp2", "fsdp2", "zero2_offload", "zero2_offload", "zero3_offload", "zero3_offload"),
     ]
+
+
+def test_an_evaluation_that_does_not_fit_is_made_smaller(recipe, capsys):
+    """16 x 300 logits of a sequence take 10 bytes each: in 20.7 GiB there is no room for a million sequences."""
+    assert main(["plan", recipe, *ROOM, "evaluate.micro_batch_size=1000000"]) == 0
+    out = capsys.readouterr().out
+    [room] = re.findall(
+        r"evaluate.micro_batch_size=1000000 does not fit, logits of (\d+) sequences do; the command", out
+    )
+    assert 21.6 * 2**30 * 0.99 / (16 * 300 * 10) < int(room) < 21.62 * 2**30 / (16 * 300 * 10)
+    assert f"evaluate.micro_batch_size={room} " in out.splitlines()[-1]
+    assert main(["plan", recipe, *ROOM]) == 0
+    assert "evaluate" not in capsys.readouterr().out
 
 
 def test_json_of_a_prepared_set(trained, capsys):
@@ -129,7 +143,10 @@ def test_a_model_that_cannot_be_traced_is_by_formula(recipe, capsys, monkeypatch
         ([*ROOM, "model.config.n_head=5"], "builds no gpt2"),
         ([*ROOM, "model.config.n_lyer=5"], "did you mean n_layer?"),
         ([*ROOM, "data.block_size=65"], "data.block_size=65 exceeds the 64 positions of gpt2"),
-        ([*ROOM, "model.type=null", "model.name=/nowhere", "model.config={}"], "cannot load model.name=/nowhere"),
+        (
+            [*ROOM, "model.type=null", "model.name=/nowhere", "model.config={}"],
+            "model.name=/nowhere: there is no folder /nowhere, and a name",
+        ),
     ],
 )
 def test_bad_input_is_one_message(recipe, arguments, needle, capsys):

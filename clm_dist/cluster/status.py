@@ -12,6 +12,7 @@ from clm_dist.cluster.submission import FOLDER, read_record
 from clm_dist.errors import EXIT_MISCONFIGURED, UserError
 from clm_dist.ledger import ledger
 from clm_dist.ledger.goodput import goodput
+from clm_dist.storage import read_object
 from clm_dist.watch import failure
 from clm_dist.watch.watch import FOLDER as SIGNS
 
@@ -88,7 +89,7 @@ def _status(run: Path, folder: Path, job_id: str | None) -> Status:
     if rows:
         _progress(found, run, rows)
     for note in sorted((run / "outbox").glob("*.json")):
-        values = _read(note)
+        values = read_object(note)
         if values.get("problem"):
             found.outbox[note.stem] = str(values["problem"])
     return found
@@ -155,14 +156,6 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _clock(seconds: float) -> str:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from clm_dist import recipe
 from clm_dist.config import Config
 from clm_dist.errors import UserError
 
@@ -13,6 +14,14 @@ def refuse_launcher(command: str) -> None:
     """Under a launcher each rank would do all of it."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError(f"{command} is one process's work; run `clm-dist {command}` without the launcher")
+
+
+def run_of(given: str) -> tuple[Path, Config]:
+    """The folder of a run, and what it was trained by."""
+    run = Path(given)
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run folder (there is no config.yaml in it); give the folder that `train` wrote")
+    return run, recipe.load(run / "config.yaml", [])
 
 
 def check_output(output: str | None, suffix: str) -> None:

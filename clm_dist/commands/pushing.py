@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clm_dist import recipe
-from clm_dist.commands.common import refuse_launcher
+from clm_dist.commands.common import refuse_launcher, run_of
 from clm_dist.config import HubConfig
 from clm_dist.errors import ConfigError, RunError, UserError
 
@@ -19,10 +19,7 @@ PAUSES = (1, 2, 4, 8)  # seconds before the next try
 def push(args: argparse.Namespace) -> None:
     """What waits in the outbox, or a model that is put into it now; in the foreground."""
     refuse_launcher("push")
-    run = Path(args.run)
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is no run (there is no config.yaml in it); give the folder of a run")
-    config = recipe.load(run / "config.yaml", [])
+    run, config = run_of(args.run)
     given = {name: getattr(args, name) for name in ("repo", "private", "branch", "replace")}
     given = {name: value for name, value in given.items() if value is not None}
     settings = _settings(config.publish.hub, given)

@@ -3,10 +3,8 @@
 import argparse
 import os
 import sys
-from pathlib import Path
 
-from clm_dist import recipe
-from clm_dist.commands.common import refuse_launcher
+from clm_dist.commands.common import refuse_launcher, run_of
 from clm_dist.errors import EXIT_FAILED, UserError, nearest
 
 
@@ -15,10 +13,7 @@ def sync(args: argparse.Namespace) -> None:
     refuse_launcher("sync")
     from clm_dist.publish import courier, delivery
 
-    run = Path(args.run)
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is no run folder (there is no config.yaml in it); give the folder that `train` wrote")
-    config = recipe.load(run / "config.yaml", [])
+    run, config = run_of(args.run)
     names = courier.destinations(config)
     if args.only is not None:
         if args.only not in names:

@@ -73,9 +73,9 @@ class Zero(Engine):
 
     def load(self, model: Saved, optimizer: Saved) -> None:
         mine, rest = fragments(self.model), self._rest()
-        shared = [name for name, one in self.plain.named_parameters() if self.sharded or one.requires_grad]
-        content.check_names("weights", {*shared, *rest}, model.names())
-        for name, parameter in self.plain.named_parameters():
+        parameters = dict(self.plain.named_parameters())
+        content.check_names("weights", {*parameters, *rest}, model.names())
+        for name, parameter in parameters.items():
             model.check_shape(name, getattr(parameter, "ds_shape", parameter.shape))
         for fragment in (*mine, *frozen(self.model)):
             fragment.of(fragment.flat).copy_(model.read(fragment.name, fragment.start, fragment.stop))

@@ -18,7 +18,7 @@ from clm_dist.publish import outbox
 from clm_dist.publish.courier import FOLLOWED, OfflineError
 from clm_dist.publish.rows import Row, Unsent, waiting
 from clm_dist.recipe import flat
-from clm_dist.storage import write_text
+from clm_dist.storage import read_object, write_text
 
 URL = "https://api.wandb.ai"
 CONFIRM_EVERY = 30.0  # seconds between questions to the server, how much it has
@@ -159,7 +159,7 @@ class WeightsAndBiases:
         track, known = self.config.track, outbox.notes(self.folder, self.name)
         ids = outbox.notes(self.folder, outbox.IDS)
         followed = os.environ.get(FOLLOWED)
-        environment = _read_json(self.folder / "environment.json")
+        environment = read_object(self.folder / "environment.json")
         settings: dict[str, Any] = {
             "console": "off",  # batch systems keep the console already
             "silent": True,
@@ -236,11 +236,3 @@ def _key(url: str) -> str | None:
     except (OSError, netrc.NetrcParseError):
         return None
     return found[2] if found else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -33,6 +33,9 @@ class Run:
         self.norms = np.array([row["train/grad_norm"] for row in steps])
         self.rates = [row["train/lr"] for row in steps]
         self.evaluations = [row["eval/nll"] for row in rows if "eval/nll" in row]
+        self.samples = [
+            row for row in read_rows(folder / "samples.jsonl") if row["step"] == 0
+        ]  # later ones may round apart
         self.consumed = [row["consumed"] for row in read_rows(folder / "ledger.jsonl") if row["event"] == "step"]
 
 
@@ -46,6 +49,7 @@ def run(tmp_path_factory):
         data={"eval_fraction": 0.05},
         optim={"lr": 3e-3, "eps": 1e-4, "max_grad_norm": MAX_NORM, "schedule": "cosine", "warmup_steps": 3},
         train={"global_batch_size": 12, "micro_batch_size": 2, "log_every": 1},
+        generate={"prompts": ["the cat", "a small dog"], "max_new_tokens": 6},
     )
     blocks = json.loads((folder / "prepared" / "manifest.json").read_text())["splits"]["eval"]["blocks"]
 
@@ -70,6 +74,7 @@ def assert_same(found, reference, steps):
     assert len(found.losses) == steps and len(reference.evaluations) == 3
     assert (reference.norms > MAX_NORM).all()  # every step clips
     assert found.consumed == reference.consumed
+    assert found.samples == reference.samples and len(found.samples) == 2
     assert found.rates == reference.rates and len(set(found.rates)) > steps / 2
     np.testing.assert_allclose(found.losses, reference.losses, rtol=0, atol=1e-4)
     np.testing.assert_allclose(found.norms, reference.norms, rtol=1e-3)
