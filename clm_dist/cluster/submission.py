@@ -14,7 +14,7 @@ from clm_dist.cluster.batch import Batch, Resources, assignments
 from clm_dist.cluster.topology import Topology
 from clm_dist.config import Config
 from clm_dist.errors import UserError
-from clm_dist.storage import write_text
+from clm_dist.storage import read_object, write_text
 
 FOLDER = "slurm"  # inside the run folder
 RECORD = "job.json"
@@ -106,8 +106,5 @@ class Submission:
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Which job was submitted from a folder; None where none was."""
-    try:
-        values = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values if isinstance(values, dict) and "job" in values else None
+    values = read_object(folder / RECORD)
+    return values if "job" in values else None
