@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 # two files at a time; a test that computes, computes on one core, for its neighbour has the other
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 
 .PHONY: demo test check test-slow test-outside test-cluster bench clean

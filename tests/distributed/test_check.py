@@ -15,9 +15,7 @@ BROKEN = {
     "clipping_left_to_auto": "clipped gradients",
     "data_of_another_rank": "blocks",
 }
-SLOW = pytest.mark.slow
-ENGINES = [pytest.param("ddp", marks=SLOW), pytest.param("zero1", marks=SLOW), "zero2", pytest.param("zero3", marks=SLOW),
-           pytest.param("zero3_offload", marks=SLOW), pytest.param("fsdp2", marks=SLOW)]  # fmt: skip
+ENGINES = ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +39,7 @@ def check(recipe, engine, *overrides, processes=2, broken=None):
     return execute([*map(str, command)], env=env | ({"CLM_DIST_BREAK": broken} if broken else {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_launches_that_keep_their_promises(recipe, engine):
     done = check(recipe, engine)
