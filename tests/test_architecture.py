@@ -150,6 +150,12 @@ def test_nothing_happens_on_import():
             assert isinstance(node, fine) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)), path
 
 
+def test_file_names_of_tests_are_unique():
+    """pytest imports tests by base name: of two files with one name, the second is not collected."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py")]
+    assert sorted(set(names)) == sorted(names)
+
+
 def test_collectives_never_stand_under_a_question_of_rank():
     """`if is_main_process: reduce(...)` hangs the others."""
     collectives = {"reduce", "gather", "gather_for_metrics", "wait_for_everyone", "all_reduce", "barrier", "broadcast"}
