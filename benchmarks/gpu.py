@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--parts engines precision resume check memory job] [--output FILE]
 
 Each run is a command as a user gives it (`accelerate launch --config_file ... -m clm_dist train`) on real ELI5 answers, with
-one process. Those that are not timed share the GPU, four at a time. A run that fails is a row of the table, with the last
+one process. Those that are not timed share the GPU, six at a time. A run that fails is a row of the table, with the last
 line that it printed. Without a GPU the same commands run on the CPU (`--tiny`: models that it can train).
 """
 
@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from common import ROOT, facts, real_data
 
 ENGINES = ["plain", "ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2"]  # accelerate_configs/
 PATIENCE = 240  # seconds for one command
-TOGETHER = 4  # commands that are not timed
+TOGETHER = 6  # commands that are not timed
 GIB = 2**30
 LLAMA = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
 LLAMA |= {"num_key_value_heads": 8, "max_position_embeddings": 4096}
@@ -37,17 +38,19 @@ MODELS = {  # name: (type, config, block size, sequences a step)
     "GPT-2 medium": ("gpt2", {"n_layer": 24, "n_embd": 1024, "n_head": 16}, 1024, 8),
     "LLaMA 1B": ("llama", LLAMA, 4096, 2),
 }
-MEMORY = [  # model, engine, activation checkpointing
-    ("DistilGPT2", "plain", False),
-    ("GPT-2", "plain", False),
-    ("GPT-2 medium", "ddp", False),
-    ("GPT-2 medium", "ddp", True),
-    ("GPT-2 medium", "zero2", False),
-    ("GPT-2 medium", "zero3", True),
-    ("GPT-2 medium", "zero2_offload", False),
-    ("GPT-2 medium", "fsdp2", False),
-    ("LLaMA 1B", "ddp", True),
-    ("LLaMA 1B", "fsdp2", False),
+MEMORY = [  # model, engine, activation checkpointing, deterministic kernels
+    ("DistilGPT2", "plain", False, True),
+    ("GPT-2", "plain", False, True),
+    ("GPT-2", "plain", False, False),
+    ("GPT-2 medium", "ddp", False, True),
+    ("GPT-2 medium", "ddp", True, True),
+    ("GPT-2 medium", "zero2", False, True),
+    ("GPT-2 medium", "zero3", True, True),
+    ("GPT-2 medium", "zero2_offload", False, True),
+    ("GPT-2 medium", "fsdp2", False, True),
+    ("LLaMA 1B", "ddp", True, True),
+    ("LLaMA 1B", "fsdp2", False, True),
+    ("LLaMA 1B", "fsdp2", False, False),
 ]
 
 
@@ -200,7 +203,7 @@ def precision(bench: Bench) -> str:
 
 def resume(bench: Bench) -> str:
     """Twenty steps, and the last ten of them again from the checkpoint of step 10."""
-    cases = [(engine, how) for engine in ("plain", "ddp", "zero2", "zero3", "fsdp2") for how in ("bf16", "no")]
+    cases = [(engine, how) for engine in ("ddp", "zero2", "zero3", "fsdp2") for how in ("bf16", "no")]
 
     def run(case: tuple[str, str]) -> list[str]:
         engine, how = case
@@ -220,7 +223,7 @@ def resume(bench: Bench) -> str:
 
 def check(bench: Bench) -> str:
     """`clm-dist check` of one recipe under every engine."""
-    cases = [(engine, how) for engine in ("ddp", "zero1", "zero2", "zero3", "fsdp2") for how in ("no", "bf16")]
+    cases = [(engine, how) for engine in ("ddp", "zero2", "zero3", "fsdp2") for how in ("no", "bf16")]
 
     def run(case: tuple[str, str]) -> list[str]:
         engine, how = case
@@ -235,27 +238,36 @@ def check(bench: Bench) -> str:
 
 def memory(bench: Bench) -> str:
     """What `plan` says of a GPU's memory against what the allocator held at most; speed, one run at a time."""
-
-    def run(case: tuple[str, str, bool]) -> list[str]:
-        model, engine, checkpointing = case
-        train = {"mixed_precision": "bf16", "max_steps": 25, "activation_checkpointing": checkpointing}
-        recipe = bench.recipe("-".join(map(str, case)).replace(" ", "_"), model, train=train)
-        planned = json.loads(bench.clm_dist("plan", recipe, "--gpus", "1", "--gpu-memory", "80", "--json"))
-        strategy = "ddp" if engine == "plain" else engine
-        expected = next(
-            row["total"]
-            for row in planned["rows"]
-            if (row["strategy"], row["activation_checkpointing"]) == (strategy, checkpointing)
+    recipes = {}
+    for case in MEMORY:
+        model, _, checkpointing, deterministic = case
+        train = {"mixed_precision": "bf16", "max_steps": 25, "deterministic": deterministic}
+        train["activation_checkpointing"] = checkpointing
+        recipes[case] = bench.recipe("-".join(map(str, case)).replace(" ", "_"), model, train=train)
+    with ThreadPoolExecutor() as pool:
+        further = ["--gpus", "1", "--gpu-memory", "80", "--json"]
+        planned = dict(
+            zip(
+                MEMORY,
+                pool.map(lambda case: json.loads(bench.clm_dist("plan", recipes[case], *further)), MEMORY),
+                strict=True,
+            )
         )
-        bench.clm_dist("train", recipe, engine=engine)
-        rows = bench.rows(recipe)
-        subprocess.run(["rm", "-rf", str(bench.folder / recipe.stem)], check=True)  # a checkpoint of 1 B is 14 GB
+
+    def run(case: tuple[str, str, bool, bool]) -> list[str]:
+        model, engine, checkpointing, deterministic = case
+        way = ("ddp" if engine == "plain" else engine, checkpointing)
+        found = (row for row in planned[case]["rows"] if (row["strategy"], row["activation_checkpointing"]) == way)
+        expected = next(found)["total"] / GIB
+        bench.clm_dist("train", recipes[case], engine=engine)
+        rows = bench.rows(recipes[case])
+        shutil.rmtree(bench.folder / recipes[case].stem)  # a checkpoint of 1 B is 14 GB
         peak, fast = max(row["perf/peak_memory_gib"] for row in rows), rows[len(rows) // 2 :]
         speed, mfu = (median(row.get(f"perf/{name}", 0) for row in fast) for name in ("tokens_per_second", "mfu"))
-        figures = [f"{expected / GIB:.2f}", f"{peak:.2f}", f"{expected / GIB / peak - 1:+.1%}"]
-        return [model, engine, str(checkpointing), *figures, f"{speed:,.0f}", f"{mfu:.1%}"]
+        figures = [f"{expected:.2f}", f"{peak:.2f}", f"{expected / peak - 1:+.1%}", f"{speed:,.0f}", f"{mfu:.1%}"]
+        return [model, engine, str(checkpointing), str(deterministic), *figures]
 
-    head = "model | engine | checkpointing | plan, GiB | allocator's peak, GiB | difference | tokens/s | MFU"
+    head = "model | engine | checkpointing | deterministic | plan, GiB | allocator's peak, GiB | difference | tokens/s | MFU"
     return table("Memory and speed, bf16", head, together(MEMORY, run, at_once=1))
 
 

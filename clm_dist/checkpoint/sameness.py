@@ -14,7 +14,7 @@ NOT_LEARNED = (
     *("run_dir", "checkpoint", "evaluate", "generate", "track", "publish", "model.trust_remote_code"),
     *("train.micro_batch_size", "train.log_every", "train.resume", "train.resume_changes", "train.stop_after"),
     *("train.on_nonfinite", "train.on_spike", "train.spike_deviations", "train.compare_ranks_every"),
-    *("train.hang_seconds", "train.activation_checkpointing"),
+    *("train.hang_seconds", "train.activation_checkpointing", "train.deterministic"),
 )
 
 

@@ -76,6 +76,10 @@ class TrainConfig(Section):
         description="Keep only each block's input for backward and compute the rest again: less memory, a third more "
         "computation, the same result.",
     )
+    deterministic: bool = Field(
+        True,
+        description="On a GPU: only kernels that give the same bits every time, so that a resumed run is one never stopped.",
+    )
     isolate_documents: bool = Field(
         False,
         description="Attention, positions and loss stop where a document ends within a block; evaluation likewise. Models "

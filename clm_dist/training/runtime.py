@@ -13,6 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from clm_dist.engine.deepspeed import start_deepspeed
 from clm_dist.engine.make import DEEPSPEED, FSDP
 from clm_dist.errors import UserError
+from clm_dist.training.determinism import reserve_workspace
 from clm_dist.training.precision import check_precision
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # covers the main process writing a large model while the others wait
@@ -71,6 +72,7 @@ def check_launch(mixed_precision: str, environment: Mapping[str, str] = os.envir
 def start(mixed_precision: str, deepspeed: dict[str, Any] | None = None) -> Accelerator:
     """The Accelerator of this process, with a world of the size that was launched. Every rank must call this."""
     check_launch(mixed_precision)
+    reserve_workspace()
     timeout = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
     if deepspeed is None:
         # FSDP2 is ours to apply (engine/fsdp.py), and a command without an optimizer has nothing to share: plain processes

@@ -17,6 +17,7 @@ from clm_dist.model.isolation import check_isolation
 from clm_dist.model.loss import next_token_nll
 from clm_dist.training import run_folder
 from clm_dist.training.batches import Batch, Batches
+from clm_dist.training.determinism import same_bits
 from clm_dist.training.job import Job, open_job
 from clm_dist.training.keeper import Keeper
 from clm_dist.training.observer import Observer
@@ -104,7 +105,8 @@ def accumulate(
     for micro_step, batch in enumerate(window(batches, blocks, plan, rank, watch)):
         if micro_step and leave():
             break
-        with engine.micro_step(last=micro_step == plan.gradient_accumulation_steps - 1):
+        last = micro_step == plan.gradient_accumulation_steps - 1
+        with engine.micro_step(last), same_bits(config.train.deterministic):
             torch.manual_seed(dropout_seed(config.seed, step, micro_step, plan, rank))
             nll = next_token_nll(engine.model(**batch.inputs()).logits, batch.input_ids, batch.scored).sum()
             # ranks are averaged over; we want the sum over the tokens of all of them
