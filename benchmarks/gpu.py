@@ -25,6 +25,7 @@ from statistics import median
 from typing import Any
 
 from common import ROOT, facts, real_data
+from transformers import AutoModelForCausalLM  # here, for threads that import it at once get half of a module
 
 ENGINES = ["plain", "ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2"]  # accelerate_configs/
 PATIENCE = 240  # seconds for one command
@@ -118,8 +119,6 @@ class Bench:
     def weights(self, recipe: Path) -> str:
         """SHA-256 of the exported weights, which plain transformers must be able to load."""
         folder = Path(json.loads(recipe.read_text())["run_dir"]) / "model"
-        from transformers import AutoModelForCausalLM
-
         AutoModelForCausalLM.from_pretrained(folder)
         return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
 

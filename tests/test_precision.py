@@ -1,10 +1,13 @@
 """What `train.mixed_precision: auto` becomes, by machine; and precisions that a machine does not have."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import recipe_values
 
 from clm_dist import recipe
+from clm_dist.engine.replicated import Replicated
 from clm_dist.errors import UserError
 from clm_dist.training import precision
 from clm_dist.training.check import check
@@ -66,3 +69,25 @@ def test_fp8_needs_a_library(gpu, monkeypatch):
 def test_check_says_what_it_cannot_compare(tmp_path, scaled):
     with pytest.raises(UserError, match=f"train.mixed_precision={scaled} scales its loss or its numbers.*; check with"):
         check(recipe.build(recipe_values(tmp_path, train={"mixed_precision": scaled})))
+
+
+class Replaced(torch.nn.Linear):
+    """As torchao's: where it is defined is how it is known."""
+
+
+Replaced.__module__ = "torchao.float8.float8_linear"
+
+
+@pytest.mark.parametrize("layer, good", [(Replaced, True), (torch.nn.Linear, False)])
+def test_fp8_that_nothing_computes_in_is_refused(layer, good):
+    """GPT-2 trained in bf16 under this name on an H100: its Conv1D is no layer that torchao replaces."""
+    model = torch.nn.Sequential(layer(2, 2))
+    stepper = SimpleNamespace(optimizer=torch.optim.AdamW(model.parameters()))
+    accelerator = SimpleNamespace(
+        mixed_precision="fp8", num_processes=1, prepare=lambda *given: (given[0], stepper), device=torch.device("cpu")
+    )
+    if good:
+        Replicated(accelerator, model, stepper.optimizer, None)
+    else:
+        with pytest.raises(UserError, match="Sequential has no layer that computes in fp8"):
+            Replicated(accelerator, model, stepper.optimizer, None)

@@ -12,6 +12,7 @@ from clm_dist.checkpoint import content
 from clm_dist.checkpoint.content import Tensors
 from clm_dist.checkpoint.saved import Saved
 from clm_dist.engine.engine import Engine
+from clm_dist.errors import UserError
 
 
 class Replicated(Engine):
@@ -22,6 +23,11 @@ class Replicated(Engine):
     ) -> None:
         prepared, self._stepper = accelerator.prepare(model, optimizer)
         super().__init__(accelerator, prepared, self._stepper.optimizer)
+        if accelerator.mixed_precision == "fp8" and not _fp8_layers(prepared):
+            raise UserError(
+                f"train.mixed_precision=fp8: {type(self.plain).__name__} has no layer that computes in fp8 (torchao and "
+                "Transformer Engine replace torch.nn.Linear alone); set train.mixed_precision=bf16, which this would be"
+            )
         self._max_norm = max_norm or float("inf")
         self.name = "DDP" if accelerator.num_processes > 1 else "one process"
 
@@ -97,3 +103,9 @@ class Replicated(Engine):
         if scaler is not None:
             state = {"scale": saved["scale"], "_growth_tracker": saved["good_steps"]}
             scaler.load_state_dict({**scaler.state_dict(), **state})
+
+
+def _fp8_layers(model: torch.nn.Module) -> int:
+    """How many layers Accelerate has replaced: GPT-2's own Conv1D is none that it knows, and it says nothing of that."""
+    makers = ("torchao", "transformer_engine")
+    return sum(type(module).__module__.partition(".")[0] in makers for module in model.modules())

@@ -5,8 +5,9 @@ lifetimes and computes nothing. Every storage is counted from its making to its 
 tensors, for any architecture, attention implementation and precision. The closed formula of Korthikanti et al.
 (arXiv:2205.05198, eq. 2) stands in where a model does something that needs values.
 
-Two things differ between the CPU and a GPU, and are counted as on a GPU: attention is one fused kernel also with dropout
-(on the CPU dropout would bring back the T x T matrix), and a dropout mask is one byte an element.
+Three things differ between the CPU and a GPU, and are counted as on a GPU: attention is one fused kernel also with dropout
+(on the CPU dropout would bring back the T x T matrix), a dropout mask is one byte an element, and autocast has more
+operations that it computes in fp32 (FP32_ON_GPU; a power is in GPT-2's GELU, and costs it a quarter of its activations).
 
 Legend: B sequences, T = block_size, V = vocabulary.
 """
@@ -21,6 +22,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,6 +30,12 @@ from clm_dist.model.loss import next_token_nll
 from clm_dist.planning.memory import Activations, Envelope, Line
 from clm_dist.planning.shapes import Shapes
 
+# What autocast computes in fp32 on CUDA (torch.amp's op reference) and might leave in 16 bits on the CPU.
+FP32_ON_GPU = {
+    *("__pow__", "__rpow__", "__rdiv__", "__rtruediv__", "acos", "asin", "cosh", "cumprod", "cumsum", "dist", "erfinv"),
+    *("exp", "expm1", "group_norm", "layer_norm", "log", "log10", "log1p", "log2", "log_softmax", "logsumexp", "norm"),
+    *("pow", "prod", "reciprocal", "renorm", "rsqrt", "sinh", "softmax", "softmin", "softplus", "sum", "tan"),
+}
 SAMPLES = (2, 3)  # B; a single sequence is left out, since its transposed tensors need no copies
 
 
@@ -85,7 +93,7 @@ def simulate(
     with FakeTensorMode():
         model = build(torch.bfloat16 if precision == "bf16" else torch.float32).train()
         if checkpointing:
-            _checkpoint(model)
+            _checkpoint(model, as_on_gpu)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)  # gradients are counted elsewhere; these are added to
@@ -141,9 +149,20 @@ class Meter(TorchDispatchMode):
         self.history.append(self.alive)
 
 
+class GpuAutocast(TorchFunctionMode):
+    """The CPU's autocast with the list of a GPU's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Raises what is in 16 bits to fp32 first, where a GPU would."""
+        if getattr(func, "__name__", "") in FP32_ON_GPU and torch.is_autocast_enabled("cpu"):
+            args = tuple(one.float() if torch.is_tensor(one) and one.is_floating_point() else one for one in args)
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def _as_on_gpu() -> Iterator[None]:
-    """Dropout as GPU kernels do it: within attention nothing is kept of it, elsewhere a mask of one byte an element."""
+    """Autocast as on a GPU, and dropout as its kernels do it: within attention nothing is kept of it, elsewhere a mask of
+    one byte an element."""
     attention = F.scaled_dot_product_attention
 
     def without_dropout(*args: Any, dropout_p: float = 0.0, **kwargs: Any) -> torch.Tensor:
@@ -152,16 +171,20 @@ def _as_on_gpu() -> Iterator[None]:
     with (
         patch("torch.nn.functional.scaled_dot_product_attention", without_dropout),
         patch("torch.nn.functional.dropout", _dropout),
+        GpuAutocast(),
     ):
         yield
 
 
-def _checkpoint(model: Any) -> None:
+def _checkpoint(model: Any, as_on_gpu: bool = True) -> None:
     """Each layer keeps its input alone; transformers 5.23 gave the method a new name."""
     if not model.supports_gradient_checkpointing:
         raise NoCheckpointingError(type(model).__name__)
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    # a backward pass suspends the mode that it is called under, and what it computes again must be what it was
+    enable(
+        {"use_reentrant": False, "context_fn": lambda: (nullcontext(), GpuAutocast() if as_on_gpu else nullcontext())}
+    )
 
 
 @contextmanager

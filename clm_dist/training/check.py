@@ -34,6 +34,9 @@ TOLERANCES = {
     "no": {"loss": 1e-5, "gradient norm": 1e-4, "clipped gradients": 1e-3, "updated weights": 0.02},
     "bf16": {"loss": 2e-3, "gradient norm": 3e-2, "clipped gradients": 0.08, "updated weights": 0.3},
 }
+# In bf16 the loss follows updates that differ so much: this share of what it has moved by is no error. Under ZeRO, where
+# weights are bf16 too, it was 2.1e-3 off after a step from 10.96 to 10.18 (benchmarks/results/2026-11-26-gpu.md).
+OF_THE_WAY = 0.05
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,9 @@ def check(config: Config) -> list[str]:
     reference = Reference(config, plan, _model(config, job), batches)
     wanted = [reference.step(number) for number in range(len(live))]
     findings = [
-        one for number in range(len(live)) for one in _compared(number + 1, live[number], wanted[number], config)
+        one
+        for number in range(len(live))
+        for one in _compared(number + 1, live[number], wanted[number], wanted[0].loss, config)
     ]
     findings += _of_what_is_held(accelerator, engine, reference, len(live), config)
     lines = [f"{engine.name}: {plan}", *job.sharding.lines()]
@@ -135,9 +140,12 @@ def _live_step(config: Config, job: Job, engine: Engine, batches: Batches, numbe
     return Step(int(digest) % DIGEST_MODULUS, lr, total / tokens, grad_norm)
 
 
-def _compared(number: int, live: Step, wanted: Step, config: Config) -> list[Finding]:
+def _compared(number: int, live: Step, wanted: Step, first_loss: float, config: Config) -> list[Finding]:
     """One step's figures side by side."""
     allowed = TOLERANCES[config.train.mixed_precision]
+    of_loss = allowed["loss"]
+    if config.train.mixed_precision == "bf16":
+        of_loss += OF_THE_WAY * _relative(first_loss, wanted.loss)
     return [
         Finding(
             "blocks", number, live.digest, wanted.digest, float(live.digest != wanted.digest), 0.0,
@@ -148,7 +156,7 @@ def _compared(number: int, live: Step, wanted: Step, config: Config) -> list[Fin
             "the schedule runs at another pace, e.g. a scheduler that is stepped by each process",
         ),
         Finding(
-            "loss", number, live.loss, wanted.loss, _relative(live.loss, wanted.loss), allowed["loss"],
+            "loss", number, live.loss, wanted.loss, _relative(live.loss, wanted.loss), of_loss,
             "the forward pass or its sum over tokens is another",
         ),
         Finding(
