@@ -5,13 +5,13 @@ VENV := .venv
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 
-.PHONY: demo test check test-slow test-outside test-cluster bench clean
+.PHONY: demo test check test-slow test-soak test-outside test-cluster bench clean
 
 demo: $(VENV)/.installed  ## prepare, train with two processes, evaluate, generate, report
 	@bash launch/demo.sh
 
 test: $(VENV)/.installed-dev check  ## lint, types, and the tests that fit into a quarter of an hour
-	$(PYTEST) -m "not slow and not cluster and not outside"
+	$(PYTEST) -m "not slow and not soak and not cluster and not outside"
 
 check: $(VENV)/.installed-dev  ## ruff, mypy, shellcheck
 	$(VENV)/bin/ruff check .
@@ -21,6 +21,9 @@ check: $(VENV)/.installed-dev  ## ruff, mypy, shellcheck
 
 test-slow: $(VENV)/.installed-peers  ## what CI runs on top: README commands, real data, peers' opinions
 	$(PYTEST) -m slow
+
+test-soak: $(VENV)/.installed-dev  ## kills and exits as often as the README says; by hand, before a release
+	$(PYTEST) -m soak
 
 test-outside: $(VENV)/.installed-dev  ## trackers and pushes over kills and dead endpoints; by hand until CI has room
 	$(PYTEST) -m outside

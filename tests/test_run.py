@@ -124,6 +124,7 @@ def test_another_run_is_never_overwritten_unasked(trained, tmp_path):
     assert {path: path.read_bytes() for path in (trained / "run").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_a_run_but_not_what_is_not_of_it(trained, tmp_path):
     short = (trained / "recipe.yaml", f"run_dir={tmp_path / 'run'}", "train.max_steps=2")
     assert run_command("train", *short).code == 0
@@ -248,6 +249,7 @@ def test_one_step_by_hand(trained, tmp_path):
     assert row["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluating_and_exporting_leave_training_alone(trained, tmp_path):
     """In bf16 with dropout: looking at every step, or only at the end, the losses are the same to the last bit.
 

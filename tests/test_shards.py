@@ -176,11 +176,11 @@ def test_a_killed_worker_is_told_and_the_same_command_goes_on(place, tmp_path):
     assert contents(tmp_path / "set") == contents(place / "one")
 
 
-@pytest.mark.slow
-def test_twenty_kills_at_random_moments(place, tmp_path):
+@pytest.mark.parametrize("kills", [pytest.param(6, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.soak)])
+def test_killed_at_random_moments(place, tmp_path, kills):
     """Of a worker, or of the whole command; then the same command again."""
     draw, killed = random.Random(0), 0
-    for _ in range(20):
+    for _ in range(kills):
         shutil.rmtree(tmp_path / "set", ignore_errors=True)
         process = begin(place, tmp_path / "set", "--workers", "2")
         deadline = time.monotonic() + 60
@@ -197,7 +197,7 @@ def test_twenty_kills_at_random_moments(place, tmp_path):
         assert code == 0, err
         assert contents(tmp_path / "set") == contents(place / "one")
         assert [path.name for path in tmp_path.iterdir()] == ["set"]
-    assert killed >= 10
+    assert killed >= kills / 2
 
 
 @pytest.mark.slow

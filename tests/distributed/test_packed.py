@@ -47,7 +47,8 @@ def run(tmp_path_factory):
     return launched
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
 def test_nothing_depends_on_the_processes(run, world):
     losses, evaluations, weights = run(1)
     cut = run(world)

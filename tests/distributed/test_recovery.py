@@ -82,6 +82,7 @@ def test_a_rank_that_is_gone_or_stuck_is_named(folder, tmp_path, fault, reason):
     assert f"failed: rank 1 of 2 on {failure['host']}" in done.err
 
 
+@pytest.mark.slow
 def test_a_bad_number_on_one_rank_is_everybodys_and_can_be_replayed(folder, tmp_path):
     """Stop: saved before it. Skip: the update is withheld. Rewind: back, and past the data."""
     fault = "loss:nan:1:40"  # rank 1's second micro-batch of step 14, of three
@@ -267,6 +268,6 @@ def test_three_processes_too_are_equal_to_the_last_bit(folder, tmp_path):
     assert differences["none"] == [] and differences["unsettled"] != []
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments(tmp_path):
-    assert crash_test(tmp_path, kills=25, processes=2, steps=400, signals=["KILL"], seed=11) == []
+@pytest.mark.parametrize("kills", [pytest.param(6, marks=pytest.mark.slow), pytest.param(25, marks=pytest.mark.soak)])
+def test_killed_at_random_moments(tmp_path, kills):
+    assert crash_test(tmp_path, kills=kills, processes=2, steps=400, signals=["KILL"], seed=11) == []

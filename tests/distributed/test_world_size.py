@@ -98,7 +98,7 @@ def assert_same_evaluation_before_training(run, reference):
     assert run.evaluations[0] == pytest.approx(reference.evaluations[0], rel=1e-9)
 
 
-LATER = [(1, 3), (2, 3), (3, 1)]  # the slow suite cuts in these ways too
+LATER = [(1, 3), (2, 3), (3, 1), (3, 3)]  # the slow suite cuts in these ways too
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,7 @@ def test_nothing_depends_on_the_cut(run, shape):
     np.testing.assert_allclose(cut.evaluations, reference.evaluations, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_is_of_the_place_in_the_batch_not_of_the_rank(run):
     """With one micro-batch size, 1 x 6 and 3 x 2 micro-steps draw the same masks."""
     alone = run(1, 6, micro_batch_size=6, dropout=0.3)

@@ -81,7 +81,7 @@ def assert_same(found, reference, steps):
     np.testing.assert_allclose(found.evaluations, reference.evaluations, rtol=1e-6)
 
 
-@pytest.mark.parametrize("config", ["zero2", "zero3"])
+@pytest.mark.parametrize("config", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_the_first_steps(run, config):
     assert_same(run(config, 2, SHORT), run("ddp", 1, SHORT), SHORT)
 

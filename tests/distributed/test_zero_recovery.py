@@ -10,7 +10,7 @@ from crash import Start, compare, crash_test, prepare, wait_for
 from test_recovery import FAULTY, last, reached
 
 pytest.importorskip("deepspeed")
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 STEPS = 16
 
 
@@ -24,6 +24,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_stopped_by_a_signal(folder, tmp_path):
     """One rank of ZeRO-3 hears SIGTERM: all stop at the same step with 75, and go on to the same bits."""
     run = tmp_path / "run"
@@ -36,8 +37,13 @@ def test_stopped_by_a_signal(folder, tmp_path):
     assert compare(run, folder / "reference") == []
 
 
-@pytest.mark.parametrize("config", ["zero2", "zero3"])
-@pytest.mark.parametrize("action", ["skip", "rewind"])
+@pytest.mark.parametrize(
+    ("config", "action"),
+    [
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("zero2", "skip"), ("zero3", "rewind")]),
+        *(pytest.param(*case, marks=pytest.mark.soak) for case in [("zero2", "rewind"), ("zero3", "skip")]),
+    ],
+)
 def test_a_bad_number_of_one_rank(folder, tmp_path, config, action):
     """NaN in rank 1's second micro-batch of step 10: both ranks skip it, or both go back; each comes by itself to the same
     hash of what was consumed, and the run ends."""
@@ -58,10 +64,16 @@ def test_a_bad_number_of_one_rank(folder, tmp_path, config, action):
     assert verified.code == 0, verified.err
 
 
-@pytest.mark.parametrize("config", ["zero2", "zero3"])
-def test_killed_at_random_moments(tmp_path, config):
-    """Ten kills; weights, metrics and ledger are those of a run that was left alone, to the last bit."""
-    arguments = {"kills": 10, "processes": 2, "steps": 60, "signals": ["KILL"], "seed": 11}
+@pytest.mark.parametrize(
+    ("config", "kills"),
+    [
+        pytest.param("zero3", 4, marks=pytest.mark.slow),
+        *(pytest.param(config, 10, marks=pytest.mark.soak) for config in ("zero2", "zero3")),
+    ],
+)
+def test_killed_at_random_moments(tmp_path, config, kills):
+    """Weights, metrics and ledger are those of a run that was left alone, to the last bit."""
+    arguments = {"kills": kills, "processes": 2, "steps": 60, "signals": ["KILL"], "seed": 11}
     assert crash_test(tmp_path, **arguments, config=config) == []
     starts = [row for row in read_rows(Path(tmp_path) / "run" / "ledger.jsonl") if row["event"] == "start"]
-    assert len(starts) > 5  # most kills hit a run that had begun to train
+    assert len(starts) > kills / 2  # most kills hit a run that had begun to train
