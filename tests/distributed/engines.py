@@ -127,16 +127,21 @@ def exported(engine, job):
         sampling = recipe.load(RECIPE, OVERRIDES).generate
         export(engine.plain, engine.full_weights(), job.tokenizer, folder, {}, sampling, main)
 
-    figures["ours"] = peak(ours)
+    figures["ours"] = least(ours)
     for name in ("get_state_dict", "gathered_at_once"):
         original = type(engine).full_weights
         mutants.apply(name)
-        figures[name] = peak(lambda: [one for one in engine.full_weights() if one[1] is not None])
+        figures[name] = least(lambda: [one for one in engine.full_weights() if one[1] is not None])
         type(engine).full_weights = original
     Path(FOLDER, f"{RANK}.json").write_text(json.dumps(figures))
     if main:
         torch.save(logits, Path(FOLDER, "logits.pt"))
     broadcast_object_list([None])
+
+
+def least(function):
+    """The smallest peak of three: what gloo's threads free late comes on top, and the busier a machine is the later."""
+    return min(peak(function) for _ in range(3))
 
 
 def peak(function):
