@@ -35,12 +35,12 @@ settings.register_profile("no deadline", deadline=None)  # machines are noisy: t
 settings.load_profile("no deadline")
 
 
-@dataclass(frozen=True)
 def pytest_collection_modifyitems(items):
     """The file that takes longest goes first: begun last it would keep one worker busy while the other has nothing."""
     items.sort(key=lambda item: item.path.name != "test_readme.py")
 
 
+@dataclass(frozen=True)
 class Result:
     """A finished command."""
 
