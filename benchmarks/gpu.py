@@ -8,37 +8,23 @@ line that it printed. Without a GPU the same commands run on the CPU (`--tiny`: 
 """
 
 import argparse
-import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from common import ROOT, facts, real_data
-from transformers import AutoModelForCausalLM  # here, for threads that import it at once get half of a module
+import torch
+from common import facts
+from launched import Bench, table, together
 
 ENGINES = ["plain", "ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2"]  # accelerate_configs/
-PATIENCE = 240  # seconds for one command
-TOGETHER = 6  # commands that are not timed
 GIB = 2**30
-LLAMA = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
-LLAMA |= {"num_key_value_heads": 8, "max_position_embeddings": 4096}
-MODELS = {  # name: (type, config, block size, sequences a step)
-    "DistilGPT2": ("gpt2", {"n_layer": 6}, 1024, 8),
-    "GPT-2": ("gpt2", {}, 1024, 8),
-    "GPT-2 medium": ("gpt2", {"n_layer": 24, "n_embd": 1024, "n_head": 16}, 1024, 8),
-    "LLaMA 1B": ("llama", LLAMA, 4096, 2),
-}
+WAYS = list(product(("ddp", "zero2", "zero3", "fsdp2"), ("no", "bf16")))  # engine, mixed_precision
 MEMORY = [  # model, engine, activation checkpointing, deterministic kernels
     ("DistilGPT2", "plain", False, True),
     ("GPT-2", "plain", False, True),
@@ -53,111 +39,6 @@ MEMORY = [  # model, engine, activation checkpointing, deterministic kernels
     ("LLaMA 1B", "fsdp2", False, True),
     ("LLaMA 1B", "fsdp2", False, False),
 ]
-
-
-class Bench:
-    """The folder of a series of runs; its recipes, and the commands on them."""
-
-    def __init__(self, folder: Path, tiny: bool) -> None:
-        self.folder, self.tiny, self.preparing = folder, tiny, threading.Lock()
-        data = real_data()
-        self.source, self.tokenizer = data / "eli5_category/eli5-category-test.json.gz", data / "distilgpt2"
-
-    def recipe(self, name: str, model: str, **sections: dict[str, Any]) -> Path:
-        """The recipe of one run of a model of MODELS, and further settings; one optimizer step a log line."""
-        kind, config, block, batch = MODELS[model]
-        if self.tiny:
-            block, config = 64, {**config, "n_layer": 2, "n_embd": 32, "n_head": 2} if kind == "gpt2" else config
-        config = {**config, "vocab_size": 50257, "bos_token_id": 50256, "eos_token_id": 50256}
-        dropout = dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0) if kind == "gpt2" else {}
-        data = {"source": str(self.source), "text_column": "answers.text", "tokenizer": str(self.tokenizer)}
-        data |= {
-            "eval_fraction": 0.002 if self.tiny else 0.05,
-            "block_size": block,
-            "prepared_dir": str(self.folder / f"blocks{block}"),
-        }
-        recipe = {
-            "run_dir": str(self.folder / name),
-            "data": data,
-            "model": {"type": kind, "config": {**config, **dropout}},
-            "optim": {"lr": 3e-4, "warmup_steps": 5},
-            "train": {"max_steps": 30, "global_batch_size": batch, "log_every": 1, "mixed_precision": "no"},
-            "generate": {"prompts": ["The sky is blue because"], "max_new_tokens": 20},
-        }
-        for section, values in sections.items():
-            recipe[section] = {**recipe.get(section, {}), **values}
-        path = self.folder / f"{name}.json"
-        path.write_text(json.dumps(recipe))
-        with self.preparing:
-            if not (Path(data["prepared_dir"]) / "train").exists():
-                self.clm_dist("prepare", path)
-        return path
-
-    def clm_dist(self, command: str, recipe: Path, *further: str, engine: str = "plain") -> str:
-        """`clm-dist COMMAND RECIPE ...` with an engine; returns what it printed on stdout. Raises RuntimeError."""
-        words = ["-m", "clm_dist", command, str(recipe), *further]
-        if engine != "plain":
-            config = f"accelerate_configs/{engine}.yaml"
-            words = ["-m", "accelerate.commands.launch", "--config_file", config, *PORT, *words]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "4", "PYTHONPATH": path_of_python()}
-        try:
-            done = subprocess.run(
-                [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE
-            )
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"not done after {PATIENCE} s") from None
-        (self.folder / f"{recipe.stem}.{command}.log").write_text(done.stdout + done.stderr)
-        if done.returncode:
-            raise RuntimeError(f"exit code {done.returncode}: {last_line(done.stderr)}")
-        return done.stdout
-
-    def rows(self, recipe: Path, kind: str = "train/loss") -> list[dict[str, float]]:
-        """The metrics of a run that hold a figure."""
-        run = Path(json.loads(recipe.read_text())["run_dir"])
-        return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if kind in row]
-
-    def weights(self, recipe: Path) -> str:
-        """SHA-256 of the exported weights, which plain transformers must be able to load."""
-        folder = Path(json.loads(recipe.read_text())["run_dir"]) / "model"
-        AutoModelForCausalLM.from_pretrained(folder)
-        return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
-
-
-PORT = ["--num_processes", "1", "--main_process_port", "0"]
-
-
-def path_of_python() -> str:
-    """Processes are started in ROOT, but what else this one imports from is theirs too."""
-    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def last_line(text: str) -> str:
-    """Of what went wrong: the last line with an error's name, else the last."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["nothing was printed"]
-    return next((line for line in reversed(lines) if "Error" in line or line.startswith("clm-dist:")), lines[-1])[:300]
-
-
-def table(title: str, head: str, rows: Iterable[list[str]]) -> str:
-    """A Markdown table under a title."""
-    columns = [cell.strip() for cell in head.split("|")]
-    lines = [columns, ["---"] * len(columns), *rows]
-    return f"\n## {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def together(cases: list[Any], run: Callable[[Any], list[str]], at_once: int = TOGETHER) -> list[list[str]]:
-    """The row of each case; one that fails has its message in the place of figures."""
-
-    def guarded(case: Any) -> list[str]:
-        begin = time.monotonic()
-        try:
-            row = run(case)
-        except Exception as error:  # a failure is a result
-            row = [" ".join(map(str, case)) if isinstance(case, tuple) else str(case), f"FAILED: {error}"]
-        print(f"{time.monotonic() - begin:6.1f} s  {row}", flush=True)
-        return row
-
-    with ThreadPoolExecutor(at_once) as pool:
-        return list(pool.map(guarded, cases))
 
 
 def engines(bench: Bench) -> str:
@@ -202,7 +83,6 @@ def precision(bench: Bench) -> str:
 
 def resume(bench: Bench) -> str:
     """Twenty steps, and the last ten of them again from the checkpoint of step 10."""
-    cases = [(engine, how) for engine in ("ddp", "zero2", "zero3", "fsdp2") for how in ("bf16", "no")]
 
     def run(case: tuple[str, str]) -> list[str]:
         engine, how = case
@@ -217,12 +97,11 @@ def resume(bench: Bench) -> str:
         return [engine, how, str(losses[0] == losses[1]), str(same)]
 
     head = "engine | mixed_precision | losses of steps 11 to 20 equal | weights equal, byte for byte"
-    return table("Resumed", head, together(cases, run))
+    return table("Resumed", head, together(WAYS, run))
 
 
 def check(bench: Bench) -> str:
     """`clm-dist check` of one recipe under every engine."""
-    cases = [(engine, how) for engine in ("ddp", "zero2", "zero3", "fsdp2") for how in ("no", "bf16")]
 
     def run(case: tuple[str, str]) -> list[str]:
         engine, how = case
@@ -232,26 +111,20 @@ def check(bench: Bench) -> str:
         told = bench.clm_dist("check", recipe, engine=engine).strip().splitlines()
         return [engine, how, told[-1]]
 
-    return table("`clm-dist check`", "engine | mixed_precision | last line", together(cases, run))
+    return table("`clm-dist check`", "engine | mixed_precision | last line", together(WAYS, run))
 
 
 def memory(bench: Bench) -> str:
     """What `plan` says of a GPU's memory against what the allocator held at most; speed, one run at a time."""
-    recipes = {}
+    recipes, further = {}, ["--gpus", "1", "--gpu-memory", "80", "--json"]
     for case in MEMORY:
         model, _, checkpointing, deterministic = case
         train = {"mixed_precision": "bf16", "max_steps": 25, "deterministic": deterministic}
         train["activation_checkpointing"] = checkpointing
         recipes[case] = bench.recipe("-".join(map(str, case)).replace(" ", "_"), model, train=train)
     with ThreadPoolExecutor() as pool:
-        further = ["--gpus", "1", "--gpu-memory", "80", "--json"]
-        planned = dict(
-            zip(
-                MEMORY,
-                pool.map(lambda case: json.loads(bench.clm_dist("plan", recipes[case], *further)), MEMORY),
-                strict=True,
-            )
-        )
+        printed = pool.map(lambda case: bench.clm_dist("plan", recipes[case], *further), MEMORY)
+        planned = dict(zip(MEMORY, map(json.loads, printed), strict=True))
 
     def run(case: tuple[str, str, bool, bool]) -> list[str]:
         model, engine, checkpointing, deterministic = case
@@ -286,8 +159,6 @@ def job(bench: Bench) -> str:
 
 def device() -> str:
     """The GPU, and the libraries that matter to it."""
-    import torch
-
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return (
         f"{name}; CUDA {torch.version.cuda}, DeepSpeed {find_version('deepspeed')}, torchao {find_version('torchao')}."
@@ -318,7 +189,10 @@ def main() -> None:
         bench.folder.mkdir(parents=True, exist_ok=True)
         text = f"# One GPU\n\n{facts('benchmarks/gpu.py --parts ' + ' '.join(asked.parts))}\n{device()}\n"
         for part in asked.parts:
-            text += PARTS[part](bench)
+            try:
+                text += PARTS[part](bench)
+            except RuntimeError as error:  # a command that all of a part needs: a failure is a result
+                text += f"\n## {part}\n\nFAILED: {error}\n"
             print(text.rpartition("\n## ")[2], flush=True)
             if asked.output:
                 asked.output.write_text(text)

@@ -4,11 +4,16 @@ That they do is measured where there is a GPU (benchmarks/gpu.py, part `resume`)
 """
 
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
+from conftest import TINY_MODEL, prepare_recipe
 
+from clm_dist import recipe
+from clm_dist.engine.replicated import Replicated
 from clm_dist.errors import UserError
+from clm_dist.training import train as training
 from clm_dist.training.determinism import reserve_workspace, same_bits
 
 
@@ -50,3 +55,31 @@ def test_the_workspace_is_a_users_if_he_gave_one(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     reserve_workspace()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_every_forward_and_backward_of_training_is_within(tmp_path, monkeypatch, wanted):
+    within, passes = [], []
+
+    @contextmanager
+    def recorded(given):
+        within.append(given)
+        yield
+        within.pop()
+
+    def noted(function, name):
+        def call(*args, **kwargs):
+            passes.append((name, *within))
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(training, "same_bits", recorded)
+    monkeypatch.setattr(training, "next_token_nll", noted(training.next_token_nll, "forward"))
+    monkeypatch.setattr(Replicated, "backward", noted(Replicated.backward, "backward"))
+    train = {"max_steps": 2, "global_batch_size": 4, "micro_batch_size": 2, "mixed_precision": "no"}
+    train["deterministic"] = wanted
+    training.train(recipe.load(prepare_recipe(tmp_path, 40, model=TINY_MODEL, train=train), []))
+    assert passes == 4 * [("forward", wanted), ("backward", wanted)]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # before the first product

@@ -71,17 +71,23 @@ def test_check_says_what_it_cannot_compare(tmp_path, scaled):
         check(recipe.build(recipe_values(tmp_path, train={"mixed_precision": scaled})))
 
 
-class Replaced(torch.nn.Linear):
-    """As torchao's: where it is defined is how it is known."""
+def replaced(layer, maker):
+    """A kind of layer as these libraries have it: where it is defined is how it is known."""
+    return type(layer.__name__, (layer,), {"__module__": maker})
 
 
-Replaced.__module__ = "torchao.float8.float8_linear"
-
-
-@pytest.mark.parametrize("layer, good", [(Replaced, True), (torch.nn.Linear, False)])
-def test_fp8_that_nothing_computes_in_is_refused(layer, good):
+@pytest.mark.parametrize(
+    ("kind", "good"),
+    [
+        (replaced(torch.nn.Linear, "torchao.float8.float8_linear"), True),
+        (replaced(torch.nn.Linear, "transformer_engine.pytorch.module.linear"), True),
+        (replaced(torch.nn.LayerNorm, "transformer_engine.pytorch.module.layernorm"), False),
+        (torch.nn.Linear, False),
+    ],
+)
+def test_fp8_that_nothing_computes_in_is_refused(kind, good):
     """GPT-2 trained in bf16 under this name on an H100: its Conv1D is no layer that torchao replaces."""
-    model = torch.nn.Sequential(layer(2, 2))
+    model = torch.nn.Sequential(kind(2, 2) if issubclass(kind, torch.nn.Linear) else kind(2))
     stepper = SimpleNamespace(optimizer=torch.optim.AdamW(model.parameters()))
     accelerator = SimpleNamespace(
         mixed_precision="fp8", num_processes=1, prepare=lambda *given: (given[0], stepper), device=torch.device("cpu")

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from clm_dist.model.loss import next_token_nll
 from clm_dist.planning.memory import Activations, Envelope, Line
@@ -155,8 +155,12 @@ class GpuAutocast(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Raises what is in 16 bits to fp32 first, where a GPU would."""
         if getattr(func, "__name__", "") in FP32_ON_GPU and torch.is_autocast_enabled("cpu"):
-            args = tuple(one.float() if torch.is_tensor(one) and one.is_floating_point() else one for one in args)
+            args, kwargs = tree_map_only(torch.Tensor, _raised, (args, kwargs))
         return func(*args, **(kwargs or {}))
+
+
+def _raised(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 @contextmanager
