@@ -20,9 +20,9 @@ check: $(VENV)/.installed-dev  ## ruff, mypy, shellcheck
 	$(VENV)/bin/shellcheck launch/*.sh launch/*.sbatch tests/cluster/slurm.sh .ci/run
 
 test-slow: $(VENV)/.installed-peers  ## what CI runs on top: README commands, real data, peers' opinions
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not soak"
 
-test-soak: $(VENV)/.installed-dev  ## kills and exits as often as the README says; by hand, before a release
+test-soak: $(VENV)/.installed-dev  ## what repeats: every signal, every engine, kills as often as the README says; before a release
 	$(PYTEST) -m soak
 
 test-outside: $(VENV)/.installed-dev  ## trackers and pushes over kills and dead endpoints; by hand until CI has room

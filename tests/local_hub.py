@@ -260,13 +260,13 @@ def validate(call: Handler) -> Any:
 @route("POST", "/api/repos/create")
 def create(call: Handler) -> Any:
     wanted = call.body()
-    name = f"{wanted.get('organization') or 'someone'}/{wanted['name']}"
+    name, kind = f"{wanted.get('organization') or 'someone'}/{wanted['name']}", wanted.get("type") or "model"
     call.hub.check_write(name.split("/")[0], call.token)
     answer = {"url": f"{call.hub.url}/{name}", "name": name}
-    if ("model", name) in call.hub.repositories:
+    if (kind, name) in call.hub.repositories:
         return 409, json.dumps({**answer, "error": "You already created this repo"}).encode(), JSON
     private = wanted.get("private") or wanted.get("visibility") == "private"
-    call.hub.repositories["model", name] = Repository.of({".gitattributes": b"*.png filter=lfs\n"}, bool(private))
+    call.hub.repositories[kind, name] = Repository.of({".gitattributes": b"*.png filter=lfs\n"}, bool(private))
     return answer
 
 
@@ -279,14 +279,27 @@ def info(call: Handler, kind: str, name: str, revision: str = "main") -> Any:
     return {"id": name, "sha": commit.sha, "private": repository.private, "siblings": siblings}
 
 
-@route("GET", REPOSITORY + "/tree/(?P<revision>[^/]+)(?P<folder>/.+)?")
-@route("POST", REPOSITORY + "/paths-info/(?P<revision>[^/]+)")
-def entries(call: Handler, kind: str, name: str, revision: str, folder: str | None = None) -> Any:
+@route("GET", REPOSITORY + "/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?")
+def tree(call: Handler, kind: str, name: str, revision: str, folder: str | None = None) -> Any:
+    """What is in a folder; with `recursive`, below it too."""
     commit = call.hub.find(kind, name, call.token).at(revision)
-    if folder:
+    start = f"{folder}/" if folder else ""
+    below = {path[len(start) :]: content for path, content in commit.files.items() if path.startswith(start)}
+    if not below:
         raise RefusedError(404, f"{folder} does not exist", "EntryNotFound", commit.sha)
-    wanted = parse_qs(call.form.decode()).get("paths", commit.files) if call.form else commit.files
-    return [_entry(*file) for file in commit.files.items() if file[0] in wanted]
+    deep = call.query.get("recursive", ["false"])[0].lower() == "true"
+    folders = sorted({path.split("/")[0] for path in below if "/" in path})
+    files = [_entry(start + path, content) for path, content in below.items() if deep or "/" not in path]
+    return [
+        *files,
+        *({"type": "directory", "path": start + one, "oid": _sha1(one.encode()), "size": 0} for one in folders),
+    ]
+
+
+@route("POST", REPOSITORY + "/paths-info/(?P<revision>[^/]+)")
+def paths_info(call: Handler, kind: str, name: str, revision: str) -> Any:
+    files = call.hub.find(kind, name, call.token).at(revision).files
+    return [_entry(path, files[path]) for path in parse_qs(call.form.decode())["paths"] if path in files]
 
 
 @route("GET", REPOSITORY + "/refs")

@@ -15,7 +15,10 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+from conftest import read_rows
 
 KEY = "0123456789abcdef" * 2 + "01234567"  # as long as theirs are
 ENTITY = {"id": "e1", "name": "local"}
@@ -224,6 +227,36 @@ class LocalWandb:
                 run.summary = json.loads(part["content"][-1])
         if message.get("complete"):
             run.state = "finished" if message.get("exitcode") == 0 else "failed"
+
+
+def only(server: LocalWandb) -> Run:
+    """The one run that there is."""
+    [run] = server.runs.values()
+    return run
+
+
+def wanted(run: Path) -> dict[int, dict[str, Any]]:
+    """The rows of metrics.jsonl by step, those of one step together."""
+    found: dict[int, dict[str, Any]] = {}
+    for row in read_rows(run / "metrics.jsonl"):
+        found.setdefault(row["step"], {}).update(row)
+    return found
+
+
+def check_arrived(server: LocalWandb, run: Path, computed_again: bool = False) -> None:
+    """Asserts that every step of metrics.jsonl came once, in order, at its own place, with its figures.
+
+    computed_again: speeds of steps that a restart computed a second time are those of the first.
+    """
+    there, rows = only(server), wanted(run)
+    history = there.rows()
+    assert [row["trainer/step"] for row in history] == sorted(rows)
+    assert [row["_step"] for row in history] == list(range(len(rows)))
+    for row in history:
+        for name, value in rows[row["trainer/step"]].items():
+            if "/" in name and not (computed_again and name.startswith("perf/")):
+                assert row[name] == value, (row["trainer/step"], name)
+        assert row["trainer/tokens"] == row["trainer/step"] * 192  # tokens of a step of prepare_recipe
 
 
 def _tail(rows: dict[int, dict[str, Any]]) -> str:

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import yaml
 from conftest import run_command
 
 from clm_dist.cli import main
@@ -71,9 +72,20 @@ def test_a_run_that_failed(run, capsys):
 
 
 def test_what_waits_in_the_outbox_is_told(run, capsys):
+    """What has not arrived by the destination's own notes, and why; a former problem is none once all is there."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["track"]["trackers"] = ["tensorboard"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
     (run / "outbox").mkdir(exist_ok=True)
-    (run / "outbox" / "wandb.json").write_text(json.dumps({"problem": "no route"}))
-    assert status(run, capsys)["outbox"] == {"wandb": "no route"}
+    rows = (run / "metrics.jsonl").read_bytes()
+    steps = {json.loads(line)["step"] for line in rows.splitlines()}
+    left = f"{len(steps)} rows have not arrived (steps 0 to 30)"
+    assert status(run, capsys)["outbox"] == {"tensorboard": left}
+    notes = run / "outbox" / "tensorboard.json"
+    notes.write_text(json.dumps({"problem": "no route"}))
+    assert status(run, capsys)["outbox"] == {"tensorboard": f"{left}; no route"}
+    notes.write_text(json.dumps({"problem": "no route", "sent": {"metrics.jsonl": len(rows)}}))
+    assert status(run, capsys)["outbox"] == {}
 
 
 @pytest.mark.parametrize(("code", "state"), [("2", "misconfigured"), ("1", "not begun")])

@@ -6,18 +6,19 @@ Each command is a process of its own: the libraries read HF_ENDPOINT and HF_HOME
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Result, read_rows, run_command
+from conftest import ROOT, Result, execute, read_rows, run_command
 from local_hub import TOKEN, LocalHub, write_data, write_model
 
 DATA, MODEL = "dany0407/eli5_category", "distilbert/distilgpt2"  # those that the recipe names
 PRIVATE, PICKLED = "someone/private", "someone/pickled"
 DAMAGED, NOTHING = "someone/damaged", "someone/nothing"
-PUSHED = "someone/eli5"
+PUSHED, PUSHED_DATA = "someone/eli5", "someone/answers"
 RECIPE = ROOT / "recipes" / "eli5_distilgpt2.yaml"
 SMALL = (
     *("run_dir=run", "data.prepared_dir=prepared", "data.block_size=32"),
@@ -86,6 +87,17 @@ def place(tmp_path_factory):
             patch.delenv(name)  # whoever runs the tests may have a token and caches
         with LocalHub(models, datasets, private=[PRIVATE]) as hub:
             yield Workplace(work, hub)
+
+
+PUSH = """
+import json, sys
+from datasets import Dataset, load_dataset
+name, source = sys.argv[1:]
+rows = Dataset.from_list([json.loads(line) for line in open(source)])
+rows.push_to_hub(name, split="train", private=True)
+there = load_dataset(name, split="train", download_mode="force_redownload")
+assert there[:] == rows[:], "what was pulled is not what was pushed"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +180,31 @@ def test_the_whole_journey_by_name(place, prepared):
     text = place.run("generate", PUSHED, "--prompt", "The sky is", "generate.max_new_tokens=5", **fresh)
     assert text.code == 0, text.err
     assert text.out.startswith("The sky is") and len(text.out.strip()) > len("The sky is")
+
+
+@pytest.mark.outside
+def test_a_data_set_that_datasets_pushed_is_what_is_prepared(place, tmp_path):
+    """Parquet by the real client, there and back; then by name: the same blocks as from the file that it came from."""
+    source = tmp_path / "answers.jsonl"
+    source.write_text(
+        "".join(json.dumps({"answers": {"text": [f"Answer {n} is long."] * 9}}) + "\n" for n in range(90))
+    )
+    environment = {"HF_ENDPOINT": place.hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    pushed = execute([sys.executable, "-c", PUSH, PUSHED_DATA, str(source)], env=environment)
+    assert pushed.code == 0, pushed.err
+    files = place.hub.repositories["dataset", PUSHED_DATA].files
+    [parquet] = [content for name, content in files.items() if name.endswith(".parquet")]
+    assert sorted(files) == [".gitattributes", "README.md", "data/train-00000-of-00001.parquet"]
+    found = {}
+    for name in (PUSHED_DATA, str(source)):
+        folder = tmp_path / Path(name).stem
+        done = place.run_recipe("prepare", f"data.source={name}", f"data.prepared_dir={folder}", HF_TOKEN=TOKEN)
+        assert done.code == 0, done.err
+        found[name] = {path.name: path.read_bytes() for path in (folder / "train").glob("*.arrow")}
+    assert found[PUSHED_DATA] == found[str(source)] != {}
+    cached = {path.read_bytes() for path in (place.folder / "hf" / "hub").rglob("blobs/*")}
+    assert parquet in cached  # byte for byte
 
 
 @pytest.mark.parametrize(

@@ -201,12 +201,12 @@ LONG = (
 def test_a_stop_file_saves_leaves_and_is_taken_away(folder, tmp_path):
     run = tmp_path / "run"
     code, err = interrupted(folder, run, lambda _: (run / "STOP").touch(), *LONG)
-    assert code == 75 and "stopped by the stop file; saved at step" in err, err
+    assert code == 130 and "stopped by the stop file; saved at step" in err, err  # nothing is to queue it again
     assert not (run / "STOP").exists()
     [saved] = (run / "checkpoints").glob("step-*")
-    assert read_rows(run / "ledger.jsonl")[-1]["state"] == "preempted"
+    assert read_rows(run / "ledger.jsonl")[-1]["state"] == "interrupted"
     code, err = interrupted(folder, run, lambda _: (run / "STOP").touch(), *LONG)
-    assert code == 75 and not saved.exists()  # it went on
+    assert code == 130 and not saved.exists()  # it went on
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ class Status:
     loss: float | None = None
     goodput: float | None = None
     seconds_left: float | None = None
-    outbox: dict[str, str] = field(default_factory=dict)  # destinations with a problem, and which
+    outbox: dict[str, str] = field(default_factory=dict)  # destinations that lack something, and what
 
     def as_json(self) -> dict[str, Any]:
         """Everything."""

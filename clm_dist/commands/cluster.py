@@ -47,11 +47,29 @@ def status(args: argparse.Namespace) -> None:
     from clm_dist.cluster.status import status as status_of
 
     found = status_of(Path(args.run))
+    for one in found:
+        one.outbox = {name: _told(left, one.outbox.get(name)) for name, left in _waiting(Path(one.run)).items()}
     if args.json:
         values = [one.as_json() for one in found]
         print(json.dumps(values if len(values) > 1 else values[0], indent=2))
     else:
         print("\n".join(one.text() for one in found))
+
+
+def _waiting(run: Path) -> dict[str, str]:
+    """What of a run has not arrived, by destination."""
+    from clm_dist.publish import courier
+
+    if not (run / "config.yaml").is_file():
+        return {}
+    config = recipe.load(run / "config.yaml", [])
+    made = {name: courier.make_destination(name, run, config) for name in courier.destinations(config)}
+    return {name: left for name, one in made.items() if (left := one.missing())}
+
+
+def _told(left: str, problem: str | None) -> str:
+    """What has not arrived, and what came between where something did."""
+    return left if problem is None or problem in left else f"{left}; {problem}"
 
 
 def _submission(args: argparse.Namespace) -> tuple[Submission, list[Config]]:

@@ -19,7 +19,7 @@ class Agreement:
     def __init__(self, accelerator: Accelerator, watch: Watch) -> None:
         self.accelerator, self.watch = accelerator, watch
         self.stop = False  # all ranks know that all ranks know
-        self.interrupted = False  # and it was Ctrl-C
+        self.interrupted = False  # and it was somebody who is there: Ctrl-C, a stop file
         self._ticks, self._due, self._since = 0, 1, time.monotonic()
 
     def sum(self, *values: torch.Tensor | float) -> list[float]:

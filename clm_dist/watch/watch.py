@@ -21,6 +21,8 @@ BEAT_EVERY = 1.0  # seconds between signs of life
 DOWNLOAD = 1700  # seconds that a rank may be busy before training, with weights to fetch; a collective waits for 1800
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 STOP_FILE = "STOP"  # `touch RUN/STOP` asks a run to save and leave
+CTRL_C = signal.SIGINT.name
+WISHES = {True: "interrupt", False: "stop"}  # files by which a rank tells the others that it leaves
 FOLDER = ".watch"  # inside the run folder
 
 
@@ -32,7 +34,7 @@ class Watch:
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.began = time.time()
         self.reason: str | None = None  # why this process was asked to stop
-        self.interrupted = False  # by Ctrl-C: somebody is there, nothing is to be queued again
+        self.interrupted = False  # by Ctrl-C or a stop file: somebody is there, nothing is to be queued again
         self.asked_at = 0.0  # monotonic
         self.may_leave = True  # nothing would be lost if the process left at once
         self.phase, self.step, self.micro_step, self.place = "preparing", 0, 0, "starting"
@@ -107,7 +109,7 @@ class Watch:
     def ask_to_stop(self, reason: str, interrupted: bool = False) -> None:
         """Notes the wish; the ranks agree later. Asked twice is asked once, but for a second Ctrl-C."""
         if self.reason is not None:
-            if interrupted and self.interrupted and time.monotonic() - self.asked_at > 1:
+            if reason == self.reason == CTRL_C and time.monotonic() - self.asked_at > 1:
                 self._leave("interrupted again; left without saving", EXIT_INTERRUPTED)
             return
         self.reason, self.interrupted, self.asked_at = reason, interrupted, time.monotonic()
@@ -174,9 +176,10 @@ class Watch:
         if not self._joined or self.run is None:
             return
         if (self.run / STOP_FILE).exists():
-            self.ask_to_stop("the stop file")
-        if (self.run / FOLDER / "stop").exists():
-            self.ask_to_stop("another process's wish")
+            self.ask_to_stop("the stop file", interrupted=True)
+        for interrupted, name in WISHES.items():
+            if (self.run / FOLDER / name).exists():
+                self.ask_to_stop("another process's wish", interrupted)
         if (self.run / failure.FAILURE).exists():
             time.sleep(0.5)  # an exception of our own may just be on its way
             self._leave(None, EXIT_FAILED)
@@ -185,7 +188,7 @@ class Watch:
         """Tells the other ranks, who may wait for us."""
         if self._joined and self.run is not None:
             with contextlib.suppress(OSError):
-                (self.run / FOLDER / "stop").touch()
+                (self.run / FOLDER / WISHES[self.interrupted]).touch()
                 (self.run / STOP_FILE).unlink(missing_ok=True)  # it is honoured
 
     def _beat(self) -> None:

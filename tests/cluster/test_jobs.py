@@ -27,6 +27,7 @@ from cluster import (
     wait_until_over,
 )  # fmt: skip
 from conftest import BIN, ROOT, read_rows
+from local_wandb import LocalWandb, check_arrived, only
 
 sys.path.append(str(Path(__file__).parents[1] / "distributed"))
 
@@ -62,6 +63,16 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def wandb(monkeypatch):
+    """A W&B that the jobs reach; `submit` hands its environment on to them."""
+    pytest.importorskip("wandb")
+    with LocalWandb() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
 def test_two_nodes_learn_what_one_node_does(folder):
     """DDP and ZeRO-2, four jobs at once on the same two nodes: none takes the port of another."""
     few = ("train.max_steps=12",)
@@ -94,13 +105,13 @@ def test_two_nodes_learn_what_one_node_does(folder):
     assert max(starts) < min(ends), "they were not there at once"
 
 
-def test_a_run_that_is_interrupted_in_every_way_is_one_run(folder, tmp_path):
-    """By a signal, by requeueing, by the time limit; then one rank is killed. One ledger, and the same to the last bit."""
+def test_a_run_that_is_interrupted_in_every_way_is_one_run(folder, tmp_path, wandb):
+    """By a signal, by requeueing, by the time limit; then a rank is killed: one ledger, one W&B run, all the same bits."""
     reference = Start(folder / "recipe.yaml", tmp_path / "reference", 2)
     folder_of_run = tmp_path / "run"
     recipe, run_dir = folder / "recipe.yaml", f"run_dir={folder_of_run}"
-    settings = (*TWO_NODES, "--signal", 1, "--preemptible", *slow(tmp_path / "slow"))
-    number = submit(recipe, run_dir, *settings)
+    tracked = ("track.trackers=[wandb]", *TWO_NODES)
+    number = submit(recipe, run_dir, *tracked, "--signal", 1, "--preemptible", *slow(tmp_path / "slow"))
     assert reference.wait(300) == 0, reference.log.read_text()
 
     def reached(start):
@@ -130,12 +141,15 @@ def test_a_run_that_is_interrupted_in_every_way_is_one_run(folder, tmp_path):
         "rank 1 of 2 on n2, training at step .*: no sign of life", found["detail"]
     ), found
     (tmp_path / "slow").unlink()
-    number = submit(recipe, run_dir, *TWO_NODES)
+    number = submit(recipe, run_dir, *tracked)
     assert wait_until_over(number) == ["COMPLETED"], log(folder_of_run)
     assert compare(folder_of_run, tmp_path / "reference") == []  # weights, metrics, what was learned from; and `verify`
     assert len(rows(folder_of_run, "start")) == 5
     found = status(folder_of_run)
-    assert found["state"] == "finished" and found["step"] == 80 and found["starts"] == 5
+    assert found["state"] == "finished" and found["step"] == 80 and found["starts"] == 5 and not found["outbox"]
+    check_arrived(wandb, folder_of_run, computed_again=True)
+    there = only(wandb)
+    print(f"W&B: one run, {there.name}, opened {there.opened} times, {len(there.history)} rows, {there.state}")
     print(log(folder_of_run), command("status", folder_of_run), command("verify", folder_of_run))
 
 

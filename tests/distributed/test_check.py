@@ -71,7 +71,9 @@ def test_one_process_without_a_launcher(recipe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "engine", ["ddp", "zero3", *(pytest.param(one, marks=pytest.mark.soak) for one in ("zero1", "zero2"))]
+)
 def test_the_demo(tmp_path_factory, engine):
     """As it is shipped, dropout and all."""
     prepared = tmp_path_factory.getbasetemp() / "demo-prepared"

@@ -38,6 +38,7 @@ def test_not_a_token_is_lost(prepared):
         assert split["tokens"] == split["blocks"] * 128 + split["remainder"] and split["remainder"] < 128
 
 
+@pytest.mark.soak
 def test_a_small_gpt2_learns_in_300_steps_on_two_processes(prepared, tmp_path):
     """On half a per cent of the documents held out: evaluating on the recipe's fifth takes longer than the training."""
     _, overrides = prepared
@@ -82,7 +83,9 @@ def test_distilgpt2_itself_takes_a_few_dozen_steps(prepared, tmp_path):
     assert losses[0] > losses[-1] + 1
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "engine", ["ddp", "zero3", *(pytest.param(one, marks=pytest.mark.soak) for one in ("zero1", "zero2"))]
+)
 def test_the_shipped_recipe_keeps_its_promises(prepared, engine):
     """`check`, with one layer and two sequences a step for the sake of time: DistilGPT2's own embeddings and widths."""
     pytest.importorskip("deepspeed")

@@ -200,9 +200,16 @@ def interrupted_everywhere(folder, run, number, target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("target", ["rank", "launcher", "all"])
-def test_a_signal_in_every_phase(folder, tmp_path, number, target):
+@pytest.mark.parametrize(
+    ("target", "number"),
+    [
+        *(("rank", signal.SIGUSR1), ("launcher", signal.SIGTERM), ("all", signal.SIGTERM)),
+        pytest.param("rank", signal.SIGTERM, marks=pytest.mark.soak),
+        pytest.param("launcher", signal.SIGUSR1, marks=pytest.mark.soak),
+        pytest.param("all", signal.SIGUSR1, marks=pytest.mark.soak),
+    ],
+)
+def test_a_signal_in_every_phase(folder, tmp_path, target, number):
     interrupted_everywhere(folder, tmp_path / "run", number, target)
     assert compare(tmp_path / "run", folder / "reference") == []
 
@@ -251,23 +258,20 @@ def test_mutant_a_flag_of_one_rank(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_three_processes_too_are_equal_to_the_last_bit(folder, tmp_path):
+@pytest.mark.parametrize("mutant", ["none", pytest.param("unsettled", marks=pytest.mark.soak)])
+def test_three_processes_too_are_equal_to_the_last_bit(folder, tmp_path, mutant):
     """Three numbers can be added up in different orders: DDP's first buckets are others than its later ones (mutant)."""
-    differences = {}
-    for mutant in ("none", "unsettled"):
-        env = {"CLM_DIST_FAULT": f"none:{mutant}"}
-        runs = [tmp_path / mutant / name for name in ("stopped", "reference")]
-        runs[0].parent.mkdir()
-        start = Start(folder / "recipe.yaml", runs[0], 3, env, FAULTY)
-        assert wait_for(lambda run=runs[0]: reached(run) >= 10, 60)
-        start.send(signal.SIGTERM, "all")
-        assert start.wait() == 75, start.log.read_text()
-        for run in runs:
-            assert Start(folder / "recipe.yaml", run, 3, env, FAULTY).wait() == 0
-        differences[mutant] = compare(*runs)
-    assert differences["none"] == [] and differences["unsettled"] != []
+    env = {"CLM_DIST_FAULT": f"none:{mutant}"}
+    runs = [tmp_path / name for name in ("stopped", "reference")]
+    start = Start(folder / "recipe.yaml", runs[0], 3, env, FAULTY)
+    assert wait_for(lambda: reached(runs[0]) >= 10, 60)
+    start.send(signal.SIGTERM, "all")
+    assert start.wait() == 75, start.log.read_text()
+    for run in runs:
+        assert Start(folder / "recipe.yaml", run, 3, env, FAULTY).wait() == 0
+    assert (compare(*runs) == []) == (mutant == "none")
 
 
-@pytest.mark.parametrize("kills", [pytest.param(6, marks=pytest.mark.slow), pytest.param(25, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [pytest.param(4, marks=pytest.mark.slow), pytest.param(25, marks=pytest.mark.soak)])
 def test_killed_at_random_moments(tmp_path, kills):
     assert crash_test(tmp_path, kills=kills, processes=2, steps=400, signals=["KILL"], seed=11) == []

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import BIN, launch, prepare_recipe, read_rows, run_command
+from conftest import BIN, launch, prepare_recipe, run_command
 from crash import Start, wait_for
-from local_wandb import KEY, LocalWandb
+from local_wandb import KEY, LocalWandb, check_arrived, only, wanted
 
 from clm_dist.publish import outbox
 
@@ -40,35 +40,6 @@ def recipe_in(folder: Path, steps: int, **track) -> Path:
         evaluate={"every_steps": 20},
         track={**WANDB, **track},
     )
-
-
-def only(server):
-    [run] = server.runs.values()
-    return run
-
-
-def wanted(run: Path) -> dict[int, dict]:
-    """The rows of metrics.jsonl by step, those of one step together."""
-    found: dict[int, dict] = {}
-    for row in read_rows(run / "metrics.jsonl"):
-        found.setdefault(row["step"], {}).update(row)
-    return found
-
-
-def check_arrived(server, run: Path, computed_again: bool = False) -> None:
-    """Every step of metrics.jsonl once, in order, at its own place, with its figures.
-
-    computed_again: speeds of steps that a restart computed a second time are those of the first.
-    """
-    there, rows = only(server), wanted(run)
-    history = there.rows()
-    assert [row["trainer/step"] for row in history] == sorted(rows)
-    assert [row["_step"] for row in history] == list(range(len(rows)))
-    for row in history:
-        for name, value in rows[row["trainer/step"]].items():
-            if "/" in name and not (computed_again and name.startswith("perf/")):
-                assert row[name] == value, (row["trainer/step"], name)
-        assert row["trainer/tokens"] == row["trainer/step"] * 192
 
 
 def check_no_key(folder: Path) -> None:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.distributed
 SHORT, LONG = 8, 50  # steps
 MAX_NORM = 0.5
 TWO = ["ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2"]
-THREE = ["zero2", "zero3", "fsdp2"]
+THREE = ["zero2", "fsdp2"]  # beside ZeRO-3
 
 
 class Run:
@@ -88,7 +88,8 @@ def test_the_first_steps(run, config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "processes"), [*((config, 2) for config in TWO), *((config, 3) for config in THREE)]
+    ("config", "processes"),
+    [*((config, 2) for config in TWO), ("zero3", 3), *(pytest.param(one, 3, marks=pytest.mark.soak) for one in THREE)],
 )
 def test_shards_change_nothing(run, record_property, config, processes):
     found, reference = run(config, processes, LONG), run("ddp", 1, LONG)

@@ -67,7 +67,7 @@ def test_a_bad_number_of_one_rank(folder, tmp_path, config, action):
 @pytest.mark.parametrize(
     ("config", "kills"),
     [
-        pytest.param("zero3", 3, marks=pytest.mark.slow),
+        pytest.param("zero3", 2, marks=pytest.mark.slow),
         *(pytest.param(config, 10, marks=pytest.mark.soak) for config in ("zero2", "zero3")),
     ],
 )

@@ -92,8 +92,8 @@ def consumed(run):
     return [row["consumed"] for row in read_rows(run / "ledger.jsonl") if row["event"] == "step"][-1]
 
 
-CASES = [(config, "no") for config in ("zero1", "zero2", "zero3", "zero2_offload", "fsdp2")]
-CASES += [(config, "bf16") for config in ("zero2", "zero3")]
+CASES = [("zero3", "no"), ("zero2_offload", "no"), ("fsdp2", "no"), ("zero2", "bf16")]
+CASES += [pytest.param(*case, marks=pytest.mark.soak) for case in [("zero1", "no"), ("zero2", "no"), ("zero3", "bf16")]]
 
 
 @pytest.mark.parametrize(("config", "precision"), CASES)
