@@ -25,10 +25,10 @@ test-slow: $(VENV)/.installed-peers  ## what CI runs on top: README commands, re
 test-soak: $(VENV)/.installed-dev  ## what repeats: every signal, every engine, kills as often as the README says; before a release
 	$(PYTEST) -m soak
 
-test-outside: $(VENV)/.installed-dev  ## trackers and pushes over kills and dead endpoints; by hand until CI has room
+test-outside: $(VENV)/.installed-dev  ## trackers and pushes over kills, hangs and dead endpoints
 	$(PYTEST) -m outside
 
-test-cluster: $(VENV)/.installed-dev  ## jobs on a real Slurm of two nodes, started on this machine; needs root and Debian; by hand
+test-cluster: $(VENV)/.installed-dev  ## jobs on a real Slurm of two nodes, started on this machine; needs root and Debian
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m cluster tests/cluster
 
 bench: $(VENV)/.installed-peers  ## ours and the peer in one run; results go to benchmarks/results/

@@ -1,15 +1,17 @@
 """Couriers: what they inherit, which runs they take for one, who may deliver, and how the command speaks."""
 
+import shutil
 import subprocess
 import sys
+import time
 
 import pytest
-from conftest import run_command
+from conftest import ROOT, prepare_recipe, run_command
 
 from clm_dist import recipe
 from clm_dist.errors import UserError
 from clm_dist.publish import outbox
-from clm_dist.publish.courier import check_installed, courier_environment, destinations
+from clm_dist.publish.courier import Couriers, check_installed, courier_environment, destinations
 
 
 def run_at(folder):
@@ -79,3 +81,65 @@ def test_sync_says_what_is_wrong_with_its_input(trained, tmp_path):
 def test_the_command_line_of_sync_imports_no_torch(trained):
     script = "import sys; from clm_dist.cli import main; main(['sync', sys.argv[1]]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script, str(trained / "run")], check=True, capture_output=True)
+
+
+def test_training_waits_for_its_couriers_for_a_bounded_time(tmp_path, monkeypatch):
+    """The patience of the recipe when it finished, the limit when it has to leave, a moment where nothing answers."""
+    run = run_at(tmp_path / "run")
+    outbox.identify(run, {})
+    command = [sys.executable, "-c", "import time; time.sleep(120)"]  # a courier that listens to nobody
+    started = []
+
+    def spawn(_, __):
+        started.append(subprocess.Popen(command, stdin=subprocess.PIPE))
+        return started[-1]
+
+    monkeypatch.setattr("clm_dist.publish.courier._spawn", spawn)
+    config = recipe.load(ROOT / "recipes" / "demo.yaml", ["track.wait_seconds=3"])
+    waited = []
+    for reason, limit, problem in (("finished", 600, None), ("preempted", 1, None), ("finished", 600, "no route")):
+        said: list[str] = []
+        couriers = Couriers(run, config, said.append)
+        outbox.note(run, "wandb", problem=problem)
+        couriers.start(["wandb", "tensorboard"])
+        began = time.monotonic()
+        couriers.end(reason, limit)
+        waited.append(time.monotonic() - began)
+        assert [line.split(" after ")[0] for line in said] == [
+            f"{name}: not all has arrived" for name in ("wandb", "tensorboard")
+        ]
+    for process in started:
+        process.kill()
+        process.wait()
+    assert 3 <= waited[0] < 60 and 1 <= waited[1] < 60  # both couriers have the same seconds, not one after the other
+
+
+def test_a_full_disk_under_the_outbox_stops_no_training(tmp_path):
+    """It is said, training ends well, and what is missing is delivered once there is room."""
+    pytest.importorskip("tensorboard")
+    track = {"trackers": ["tensorboard"], "wait_seconds": 5}
+    recipe_path, run = prepare_recipe(tmp_path, 60, track=track), tmp_path / "run"
+    assert run_command("train", recipe_path, "train.max_steps=4").code == 0
+    rows = len((run / "metrics.jsonl").read_text().splitlines())
+    kept = tmp_path / "outbox"
+    (run / "outbox").rename(kept)
+    (run / "outbox").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", run / "outbox"], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"may not mount: {mounted.stderr.decode().strip()}")
+    try:
+        shutil.copytree(kept, run / "outbox", dirs_exist_ok=True)
+        with pytest.raises(OSError, match="No space"), (run / "outbox" / "filled").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        done = run_command("train", recipe_path, "train.max_steps=8")
+        assert done.code == 0 and "Traceback" not in done.err, done.err
+        assert done.err.count("No space left on device") + done.out.count("No space left on device") == 1, (
+            done.out + done.err
+        )
+        assert len((run / "metrics.jsonl").read_text().splitlines()) > rows
+        (run / "outbox" / "filled").unlink()
+        assert run_command("sync", run, "--status").code == 1
+        assert run_command("sync", run).code == 0 and run_command("sync", run, "--status").code == 0
+    finally:
+        subprocess.run(["umount", run / "outbox"], check=True)
