@@ -198,7 +198,7 @@ def test_a_data_set_that_datasets_pushed_is_what_is_prepared(place, tmp_path):
     assert sorted(files) == [".gitattributes", "README.md", "data/train-00000-of-00001.parquet"]
     found = {}
     for name in (PUSHED_DATA, str(source)):
-        folder = tmp_path / Path(name).stem
+        folder = tmp_path / f"prepared{len(found)}"
         done = place.run_recipe("prepare", f"data.source={name}", f"data.prepared_dir={folder}", HF_TOKEN=TOKEN)
         assert done.code == 0, done.err
         found[name] = {path.name: path.read_bytes() for path in (folder / "train").glob("*.arrow")}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from clm_dist.config import Config, MixtureEntry
 from clm_dist.errors import ConfigError, UserError
 
 MANIFEST = "manifest.json"
+HASH = re.compile(r"[0-9a-f]{40,}")
 FORMAT = 2
 # data.* fields that decide which blocks come out; source and tokenizer are compared by contents instead.
 OPTIONS = (
@@ -173,9 +175,9 @@ def check_fits(manifest: Manifest, config: Config, source_identity: Any, tokeniz
 
 
 def _short(identity: Any) -> str:
-    """The start of every hash in an identity; enough to tell two apart."""
+    """An identity with the start of every hash in it, which is enough to tell two apart; names stay whole."""
     if isinstance(identity, dict):
         return ", ".join(f"{key}: {_short(value)}" for key, value in identity.items())
     if isinstance(identity, list):
         return "[" + ", ".join(_short(value) for value in identity) + "]"
-    return str(identity)[:12]
+    return HASH.sub(lambda found: found[0][:12], str(identity))

@@ -8,7 +8,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,8 +40,8 @@ def note(run: Path, name: str, **values: Any) -> None:
 
 
 def log(run: Path, name: str, line: str) -> None:
-    """One line to RUN/outbox/NAME.log."""
-    with (run / FOLDER / f"{name}.log").open("a", encoding="utf-8") as file:
+    """One line to RUN/outbox/NAME.log, if there is room."""
+    with suppress(OSError), (run / FOLDER / f"{name}.log").open("a", encoding="utf-8") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
 
@@ -61,7 +61,9 @@ def identify(run: Path, saved: dict[str, str]) -> dict[str, str]:
     job = os.environ.get("SLURM_ARRAY_JOB_ID")  # its tasks are one sweep; a later `sync` is outside of the job
     group = {"group": f"array-{job}"} if job else {}
     ids = {"wandb": "".join(secrets.choice(LETTERS) for _ in range(8)), **group, **found, "run_dir": here}
-    note(run, IDS, **ids)
+    if ids != found:
+        with suppress(OSError):  # a full disk ends no training; checkpoints hold the ids too
+            note(run, IDS, **ids)
     return ids
 
 
@@ -87,9 +89,9 @@ def held(run: Path, name: str, go_on_waiting: Callable[[], bool] = lambda: False
             successor.touch()
             time.sleep(LOOK_EVERY)
         successor.unlink(missing_ok=True)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+        with suppress(OSError):  # a full disk: whoever asks for the name finds none
+            os.ftruncate(lock.fileno(), 0)
+            os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         inode = os.fstat(lock.fileno()).st_ino
 
         def still() -> bool:

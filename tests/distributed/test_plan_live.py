@@ -46,7 +46,7 @@ def test_five_architectures(tmp_path):
     check(tmp_path, 2, cases(TINY))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_three_processes(tmp_path):
     check(tmp_path, 3, cases(["llama"]) + cases(["opt"], ["bf16"]))
 

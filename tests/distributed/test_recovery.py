@@ -272,6 +272,6 @@ def test_three_processes_too_are_equal_to_the_last_bit(folder, tmp_path, mutant)
     assert (compare(*runs) == []) == (mutant == "none")
 
 
-@pytest.mark.parametrize("kills", [pytest.param(4, marks=pytest.mark.slow), pytest.param(25, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(25, marks=pytest.mark.soak)])
 def test_killed_at_random_moments(tmp_path, kills):
     assert crash_test(tmp_path, kills=kills, processes=2, steps=400, signals=["KILL"], seed=11) == []
