@@ -30,6 +30,14 @@ def _at_home(value: str) -> str:
     return str(Path(value).expanduser()) if value.startswith("~") else value
 
 
+def _repository_name(value: str) -> str:
+    """owner/name, as the Hub allows it."""
+    if len(value) > 96 or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value):
+        raise ValueError("needs owner/name, such as someone/my-model: letters, digits, - _ and .")
+    return value
+
+
+RepositoryName = Annotated[str, AfterValidator(_repository_name)]
 Location = Annotated[str, AfterValidator(_at_home)]  # a path or Hub id; ~ means home, in a recipe too
 
 

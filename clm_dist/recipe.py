@@ -72,7 +72,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         beside = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         known = nearest(str(path), beside) if beside else ""
-        raise UserError(f"no recipe at {path}{known}; give the path of a YAML recipe")
+        give = " Give" if known.endswith("?") else "; give"
+        raise UserError(f"no recipe at {path}{known}{give} the path of a YAML recipe")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -111,7 +111,7 @@ def test_every_problem_at_once(prepared, tmp_path, capsys):
     assert code == 2 and not out
     for needle in (
         "--nodes 0 is too small; give 1 or more",
-        "--gpus-per-node 0 says nothing of how many processes; add --processes-per-node P",
+        "how many processes? Give --gpus-per-node G, or, on nodes without GPUs, --processes-per-node P",
         "--time soon is no time; write H:MM:SS",
         "--mem much is no size",
         "--partition 'a b' is no name",

@@ -63,6 +63,19 @@ def test_a_run_that_is_alive(run, capsys):
     assert status(run, capsys)["state"] == "running"
 
 
+def test_a_run_that_has_just_left_is_not_running(run, capsys):
+    """Its last signs of life are fresh; a sign well after its end is of a new start."""
+    rows = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    assert rows[-1]["event"] == "end"
+    sign = run / ".watch" / "rank-00000.json"
+    sign.parent.mkdir(exist_ok=True)
+    sign.write_text("{}")
+    for after, state in ((0, "finished"), (10, "running")):
+        rows[-1]["time"] = sign.stat().st_mtime - after
+        (run / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert status(run, capsys)["state"] == state
+
+
 def test_a_run_that_failed(run, capsys):
     cut(run, 12)
     failure = Failure(3, "node7", 1, "training", 9, "out of memory", "", 0.0, 0.0, 8)

@@ -53,7 +53,9 @@ class Resources:
             if value is not None and value < least:
                 found.append(f"--{option} {value} is too small; give {least} or more")
         if self.gpus_per_node == 0 and self.processes_per_node is None:
-            found.append("--gpus-per-node 0 says nothing of how many processes; add --processes-per-node P")
+            found.append(
+                "how many processes? Give --gpus-per-node G, or, on nodes without GPUs, --processes-per-node P"
+            )
         if self.gpus_per_node > 0 and self.processes_per_node not in (None, self.gpus_per_node):
             found.append(
                 f"--processes-per-node {self.processes_per_node} but --gpus-per-node {self.gpus_per_node}: each GPU has one "

@@ -17,6 +17,7 @@ from clm_dist.watch import failure
 from clm_dist.watch.watch import FOLDER as SIGNS
 
 ALIVE = 15  # seconds since a process showed life: they do so every second
+LEAVING = 3  # seconds for which processes show life after the run's end
 RECENT = 100  # steps that tell how long the rest will take
 
 
@@ -100,10 +101,11 @@ def _state(run: Path, folder: Path, job_id: str | None, known: dict[str, str], r
     in_queue = known.get("JobState", "")
     if in_queue == "PENDING" or in_queue == "REQUEUED":
         return ("saved", "waits in the queue to go on") if rows else ("waiting", "in the queue")
-    if in_queue in slurm.IN_QUEUE or (not in_queue and _alive(run)):
+    ended = rows[-1].get("state", "") if rows and rows[-1]["event"] == "end" else ""
+    since = rows[-1]["time"] + LEAVING if ended else 0.0  # a later sign is of a new start
+    if in_queue in slurm.IN_QUEUE or (not in_queue and _alive(run, since)):
         return "running", ""
     failed = failure.read(run)
-    ended = rows[-1].get("state", "") if rows and rows[-1]["event"] == "end" else ""
     if failed is not None:
         return "failed", failed.line()
     if ended == "finished":
@@ -117,10 +119,10 @@ def _state(run: Path, folder: Path, job_id: str | None, known: dict[str, str], r
     return ("stopped", "its processes are gone without a word; the same command goes on") if rows else ("not begun", "")
 
 
-def _alive(run: Path) -> bool:
-    """Whether a process of it showed life a moment ago."""
+def _alive(run: Path, since: float) -> bool:
+    """Whether a process of it showed life a moment ago, and after `since`."""
     signs = [path.stat().st_mtime for path in (run / SIGNS).glob("rank-*.json")]
-    return bool(signs) and time.time() - max(signs) < ALIVE
+    return bool(signs) and max(signs) > max(since, time.time() - ALIVE)
 
 
 def _outcome(folder: Path, job_id: str) -> int | None:

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from clm_dist.config.section import Section
-from clm_dist.fields import Count, Seconds
+from clm_dist.fields import Count, RepositoryName, Seconds
 
 
 class EvaluateConfig(Section):
@@ -62,12 +62,7 @@ class TrackConfig(Section):
 class HubConfig(Section):
     """Pushing to the Hugging Face Hub, in the background: docs/hub.md."""
 
-    repo: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
-        max_length=96,
-        description="owner/name on the Hub. None: nothing is pushed.",
-    )
+    repo: RepositoryName | None = Field(None, description="owner/name on the Hub. None: nothing is pushed.")
     when: Literal["end", "best", "steps"] = Field(
         "end",
         description="end: the finished model; best: each best one so far; steps: every every_steps, and the finished one.",

@@ -98,6 +98,7 @@ class Couriers:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._seen: dict[str, int] = {}
         self._told: set[str] = set()
+        self._goes_on = "training goes on, "
 
     def start(self, names: Sequence[str]) -> None:
         """One process for each. A courier that cannot be started is told; training goes on."""
@@ -124,7 +125,7 @@ class Couriers:
 
     def end(self, reason: str, limit: float = float("inf")) -> None:
         """Nothing more will be written: waits for each, at most its patience and `limit`, and says what is missing."""
-        began = time.monotonic()
+        began, self._goes_on = time.monotonic(), ""
         seconds = {name: min(patience(name, self.config), limit) for name in self._processes}
         for name, process in self._processes.items():
             _tell_end(process, f"{reason} {seconds[name]:.1f}\n")
@@ -152,7 +153,7 @@ class Couriers:
             return min(HOPELESS, seconds)
 
     def _tell(self, name: str, problem: str) -> None:
-        line = f"{name}: {problem}; training goes on, what is missing waits in {self.run} (`clm-dist sync` delivers it)"
+        line = f"{name}: {problem}; {self._goes_on}what is missing waits in {self.run} (`clm-dist sync` delivers it)"
         if line not in self._told:
             self._told.add(line)
             self.say(line)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from clm_dist.config import Config
-from clm_dist.errors import EXIT_FAILED
+from clm_dist.errors import EXIT_FAILED, RunError, UserError
 from clm_dist.publish import outbox
 from clm_dist.publish.courier import Destination, OfflineError, make_destination
 
@@ -151,7 +151,8 @@ def _tried(work: Callable[[], object]) -> str | None:
         raise
     except (Exception, SystemExit) as error:
         text = " ".join(str(error).split())[:300]
-        return text if text and isinstance(error, OSError) else f"{text} ({type(error).__name__})".strip()
+        says_enough = text and isinstance(error, OSError | UserError | RunError)
+        return text if says_enough else f"{text} ({type(error).__name__})".strip()
     return None
 
 

@@ -25,7 +25,9 @@ def check_push(hub: HubConfig, run: str | None) -> str | None:
     is asked by beginning an upload.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return "HF_HUB_OFFLINE=1"
+        from huggingface_hub import get_token
+
+        return "HF_HUB_OFFLINE=1" + ("" if get_token() else ", and there is no token to push with: set HF_TOKEN")
     limit_silence(PATIENCE)
     repo = str(hub.repo)
     try:
