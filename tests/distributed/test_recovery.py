@@ -224,6 +224,17 @@ def test_a_signal_to_one_rank(folder, tmp_path):
     assert compare(tmp_path / "run", folder / "reference") == []
 
 
+@pytest.mark.slow
+def test_a_stop_file_is_the_wish_of_somebody_who_is_there(folder, tmp_path):
+    """130 from whichever rank notes its code first, not 75: nothing queues the run again. It goes on when asked to."""
+    start = Start(folder / "recipe.yaml", tmp_path / "run", 2)
+    assert wait_for(lambda: reached(tmp_path / "run") >= 5, 60)
+    (tmp_path / "run" / "STOP").touch()
+    assert start.wait() == 130, start.log.read_text()
+    assert Start(folder / "recipe.yaml", tmp_path / "run", 2).wait() == 0
+    assert compare(tmp_path / "run", folder / "reference") == []
+
+
 def alive(pid):
     """Whether a process runs; nobody may be there to reap one whose launcher died."""
     try:
