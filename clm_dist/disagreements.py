@@ -17,6 +17,8 @@ def _about_the_model(config: Config) -> Iterator[str]:
         yield f"{given}; set one of them: a name to load, or a type to build from scratch"
     if model.from_scratch and model.name is None:
         yield ("model.from_scratch=true needs model.name; model.type is always built from scratch: leave it out")
+    if model.preset is not None and model.type is None:
+        yield f"model.preset={model.preset} gives sizes to model.type; model.name has its own: leave it out"
 
 
 def _about_data(config: Config) -> Iterator[str]:

@@ -5,7 +5,9 @@ import torch
 
 from clm_dist.config import ModelConfig
 from clm_dist.errors import ConfigError, UserError
-from clm_dist.model.build import build_model, check_fits, load_model, max_positions, model_configuration
+from clm_dist.model.build import build_model, load_model
+from clm_dist.model.configuration import model_configuration
+from clm_dist.model.positions import check_fits, max_positions
 
 IDS = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 SMALL = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32}

@@ -4,7 +4,8 @@ from conftest import TINY_MODEL
 from tiny_models import recipe_of
 
 from clm_dist.config import ModelConfig
-from clm_dist.model.build import build_model, model_configuration
+from clm_dist.model.build import build_model
+from clm_dist.model.configuration import model_configuration
 from clm_dist.training.check import _compared, _without_dropout
 from clm_dist.training.reference import Step
 

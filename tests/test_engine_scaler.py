@@ -10,7 +10,8 @@ from conftest import TINY_MODEL
 
 from clm_dist.config import ModelConfig
 from clm_dist.engine.replicated import Replicated
-from clm_dist.model.build import build_model, model_configuration
+from clm_dist.model.build import build_model
+from clm_dist.model.configuration import model_configuration
 
 
 @pytest.fixture

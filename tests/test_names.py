@@ -10,7 +10,8 @@ from clm_dist.config import MixtureEntry
 from clm_dist.data.hub_source import HubSource
 from clm_dist.data.tokenize import load_tokenizer
 from clm_dist.errors import UserError
-from clm_dist.model.build import load_configuration, load_model
+from clm_dist.model.build import load_model
+from clm_dist.model.configuration import load_configuration
 
 OPEN, PRIVATE, GATED = "someone/open", "someone/private", "someone/gated"
 LOADS = {

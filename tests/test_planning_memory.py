@@ -135,7 +135,7 @@ def test_an_envelope_loses_nothing(lines, b):
 def test_shapes_of_gpt2():
     """Hand count of GPT-2's smallest: the head is the embedding, counted once."""
     config = ModelConfig(type="gpt2")
-    from clm_dist.model.build import model_configuration
+    from clm_dist.model.configuration import model_configuration
 
     found = shapes(config, model_configuration(config, {"vocab_size": 50257}))
     assert found.parameters == found.trained == 124_439_808

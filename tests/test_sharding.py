@@ -6,7 +6,8 @@ from conftest import ROOT, recipe_values, run_command
 
 from clm_dist import recipe
 from clm_dist.errors import ConfigError
-from clm_dist.model.build import build_model, checkpoint_activations, model_configuration
+from clm_dist.model.build import build_model, checkpoint_activations
+from clm_dist.model.configuration import model_configuration
 from clm_dist.training.plan import make_plan
 from clm_dist.training.sharding import sharding
 

@@ -12,6 +12,7 @@ from clm_dist.config import Config
 # What a recipe says beside what is learned: where, how often looked at, how guarded, how shown. Everything else counts.
 NOT_LEARNED = (
     *("run_dir", "checkpoint", "evaluate", "generate", "track", "publish", "model.trust_remote_code"),
+    "model.check_causality",
     *("train.micro_batch_size", "train.log_every", "train.resume", "train.resume_changes", "train.stop_after"),
     *("train.on_nonfinite", "train.on_spike", "train.spike_deviations", "train.compare_ranks_every"),
     *("train.hang_seconds", "train.activation_checkpointing", "train.deterministic"),

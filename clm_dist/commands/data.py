@@ -66,12 +66,15 @@ def _undamaged(folder: str) -> Iterator[None]:
 
 def _check_positions(config: Config) -> None:
     """Refuses a block size beyond the model's positions before anything is tokenised, where the model is at hand."""
-    from clm_dist.model.build import check_fits, model_configuration
+    from clm_dist.model.configuration import model_configuration
+    from clm_dist.model.positions import check_fits
 
     try:
         built = model_configuration(config.model, {})
     except ConfigError:
         raise
     except UserError:
+        if config.model.name is None:
+            raise
         return  # the model need not be reachable while text is prepared; `train` asks again
-    check_fits(built, config.data.block_size, 0, str(config.model.name or config.model.type))
+    check_fits(built, config.data.block_size, 0, config.model.called, bool(config.model.pad_vocab_to_multiple_of))

@@ -15,15 +15,35 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="Commit or tag of `name` on the Hub. None: the newest.")
     from_scratch: bool = Field(False, description="Take only the configuration of `name`; random weights.")
     type: str | None = Field(
-        None, description="Architecture to build from scratch, e.g. gpt2 (a transformers model_type)."
+        None,
+        description="Architecture to build from scratch, e.g. gpt2 (a transformers model_type; `clm-dist architectures`).",
     )
     config: Annotated[dict[str, Any], AfterValidator(numbers)] = Field(
         default_factory=dict,
         description="Settings of the model's own configuration, e.g. model.config.n_layer=4.",
     )
+    preset: Literal["tiny", "small"] | None = Field(
+        None, description="Sizes for `type` by name; model.config.* lies over them. None: the architecture's own."
+    )
+    pad_vocab_to_multiple_of: Count | None = Field(
+        None, description="Make the embedding so long that this divides it, e.g. 64: faster on GPUs."
+    )
+    attention: str | None = Field(
+        None, description="How attention is computed: eager, sdpa, flash_attention_2, ... None: transformers' choice."
+    )
+    check_causality: bool = Field(
+        True,
+        description="At the start, change later tokens and see that earlier predictions stay, at the run's own block_size. "
+        "Off: a model that sees the future trains without a word.",
+    )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with `name`. Off: it can do anything."
     )
+
+    @property
+    def called(self) -> str:
+        """What messages call it."""
+        return str(self.name or self.type)
 
 
 class OptimConfig(Section):

@@ -8,111 +8,87 @@ import torch
 
 from clm_dist import hub
 from clm_dist.config import ModelConfig
-from clm_dist.errors import ConfigError, UserError, nearest
-
-# what architectures call their longest sequence
-POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len")
-# these number positions from the padding id on, or look for padding in every batch: they cannot do without one
-NEED_PADDING = {
-    *("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
-}
+from clm_dist.errors import UserError
+from clm_dist.model import repairs, transformers_versions
+from clm_dist.model.configuration import load_configuration, padded, row_of
 
 
-def model_configuration(config: ModelConfig, token_ids: dict[str, int | None]) -> Any:
-    """The transformers configuration of the model: loaded or built, with `model.config.*` laid over it.
+def build_model(config: ModelConfig, built: Any, seed: int, vocab_size: int = 0) -> torch.nn.Module:
+    """The model in fp32: pretrained weights of `config.name`, or random ones drawn from `seed`.
 
-    token_ids: vocab_size, bos_token_id, eos_token_id and pad_token_id of the tokenizer, which a model built from
-    `model.type` takes over unless `model.config` says otherwise.
+    vocab_size: of the tokenizer, where `model.pad_vocab_to_multiple_of` may have to make room for it.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    if config.type is None:
-        plain = load_configuration(str(config.name), config.revision, config.trust_remote_code)
-        _refuse_unknown(plain, config.config)
-        for key, value in config.config.items():
-            setattr(plain, key, value)
-        return plain
-    if config.type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        known = nearest(config.type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-        raise UserError(f"model.type={config.type} is no causal language model that transformers knows{known}")
-    architecture = CONFIG_MAPPING[config.type]
-    _refuse_unknown(architecture(), config.config)
-    # None too: the architecture's own defaults are of another vocabulary (OPT's padding, id 1, would never be trained)
-    given = {key: value for key, value in token_ids.items() if value is not None or config.type not in NEED_PADDING}
-    try:
-        return architecture(**(given | config.config))
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"model.config={config.config} does not fit {config.type}: {error}; correct it") from None
-
-
-def _refuse_unknown(built: Any, settings: dict[str, Any]) -> None:
-    """transformers takes any key in silence; a misspelt one would train another model than was asked for."""
-    known = {key for key in dir(built) if not key.startswith("_") and not callable(getattr(type(built), key, None))}
-    known |= set(built.attribute_map)
-    problems = [f"unknown key model.config.{key}{nearest(key, known)}" for key in settings if key not in known]
-    if problems:
-        raise ConfigError(problems)
-
-
-def load_configuration(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The configuration of a folder or Hub id; UserError where there is none."""
-    from transformers import AutoConfig
-
-    try:
-        where = hub.resolve_model(name, revision)
-        return AutoConfig.from_pretrained(name, **where, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        remedy = "or give a folder with config.json as model.name"
-        raise hub.refused(error, "model", name, revision, "model.name", remedy) from None
-
-
-def check_fits(built: Any, block_size: int, vocab_size: int, name: str) -> None:
-    """Refuses a model that cannot read the blocks: too few positions, or ids beyond its embedding."""
-    problems = []
-    positions = max_positions(built)
-    if positions is not None and block_size > positions:
-        problems.append(
-            f"data.block_size={block_size} exceeds the {positions} positions of {name}; set data.block_size={positions} "
-            "(or less) and prepare again"
-        )
-    embedding = getattr(built.get_text_config(), "vocab_size", None)
-    if embedding is not None and vocab_size > embedding:
-        problems.append(
-            f"the tokenizer has {vocab_size} tokens, the embedding of {name} only {embedding}; set data.tokenizer to the "
-            f"model's own, or for a model from scratch leave model.config.vocab_size out"
-        )
-    if problems:
-        raise ConfigError(problems)
-
-
-def max_positions(built: Any) -> int | None:
-    """The longest sequence a model can number, None where its configuration names no limit."""
-    for field in POSITION_FIELDS:
-        value = getattr(built.get_text_config(), field, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
-
-
-def build_model(config: ModelConfig, built: Any, seed: int) -> torch.nn.Module:
-    """The model in fp32: pretrained weights of `config.name`, or random ones drawn from `seed`."""
     if config.type is None and not config.from_scratch:
-        return load_model(str(config.name), built, config.revision, config.trust_remote_code)
-    from transformers import AutoModelForCausalLM
+        model = load_model(str(config.name), built, config.revision, config.trust_remote_code, config.attention)
+        if config.pad_vocab_to_multiple_of:
+            _resize(model, vocab_size, config.pad_vocab_to_multiple_of, seed)
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # the same weights on every rank and at every world size
+            model = blank_model(config, built)
+        model = model.float()
+    freeze_unused(model)
+    return model
 
+
+def blank_model(config: ModelConfig, built: Any, dtype: torch.dtype | None = None) -> Any:
+    """A model with the weights that its architecture begins with; on the meta device or under FakeTensorMode it takes no
+    memory. UserError where the sizes do not go together."""
+    repairs.apply(row_of(built))
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    if config.attention is not None:
+        options["attn_implementation"] = config.attention
+    try:
+        maker = _maker(built)
+        if maker is not None:
+            return maker._from_config(built, **options)
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_config(built, trust_remote_code=config.trust_remote_code, **options)
+    except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError, ImportError) as error:
+        said = " ".join(str(error).split())
+        given = f"model.attention={config.attention} and " if config.attention else ""
+        raise UserError(
+            f"{given}model.config={config.config} builds no {built.model_type}: {said}; correct it"
+        ) from None
+
+
+def freeze_unused(model: Any) -> None:
+    """Weights that no text reaches (a decoder's attention to its encoder, an image encoder) are left as they are: they would
+    have no gradient, for which DistributedDataParallel waits."""
+    row = row_of(model.config)
+    for part in row.unused if row else ():
+        for name, parameter in model.named_parameters():
+            if part in name:
+                parameter.requires_grad_(False)
+
+
+def _maker(built: Any) -> Any:
+    """The class of an architecture that the Auto classes do not build."""
+    row = row_of(built)
+    return transformers_versions.named(row.classes[1]) if row is not None and row.classes is not None else None
+
+
+def _resize(model: Any, vocab_size: int, multiple: int, seed: int) -> None:
+    """Makes the embedding, and the head with it, as long as the next multiple; new rows are drawn from `seed`."""
+    size = padded(max(vocab_size, model.get_input_embeddings().weight.shape[0]), multiple)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)  # the same weights on every rank and at every world size
+        torch.manual_seed(seed)
         try:
-            model = AutoModelForCausalLM.from_config(built, trust_remote_code=config.trust_remote_code)
-        except (TypeError, ValueError) as error:  # sizes that do not go together
-            raise UserError(f"model.config={config.config} builds no {built.model_type}: {error}; correct it") from None
-    return model.float()
+            model.resize_token_embeddings(size)
+        except (NotImplementedError, AttributeError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"model.pad_vocab_to_multiple_of={multiple}: {type(model).__name__} cannot change its vocabulary "
+                f"({' '.join(str(error).split())[:100]}); leave it out"
+            ) from None
 
 
 def load_model(
-    name: str, built: Any = None, revision: str | None = None, trust_remote_code: bool = False
+    name: str,
+    built: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attention: str | None = None,
 ) -> torch.nn.Module:
     """A model with its weights from a folder or Hub id, in fp32. Safetensors only: a pickle could run code of others."""
     from safetensors import SafetensorError
@@ -128,15 +104,19 @@ def load_model(
         )
     # that of the configuration, which was loaded before
     commit = None if built is None else hub.commit_of(name, revision, "config.json")
+    known = built if built is not None else load_configuration(name, revision, trust_remote_code)
+    repairs.apply(row_of(known))
+    options = {} if attention is None else {"attn_implementation": attention}
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = (_maker(known) or AutoModelForCausalLM).from_pretrained(
             name,
-            config=built,
+            config=known,
             **hub.resolve_model(name, commit or revision),
             trust_remote_code=trust_remote_code,
             dtype=torch.float32,
             use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: sizes that do not fit
         remedy = "or give a folder or Hub id with the weights of a causal language model (*.safetensors)"
@@ -152,7 +132,9 @@ def load_model(
 
 def checkpoint_activations(model: Any) -> None:
     """Keeps only the inputs of the blocks for backward (Chen et al., arXiv:1604.06174); UserError where it cannot."""
-    if not getattr(model, "supports_gradient_checkpointing", False):
+    row = row_of(model.config)
+    has = transformers_versions.MAJOR in row.checkpointing if row else True  # one takes the wish and does nothing
+    if not has or not getattr(model, "supports_gradient_checkpointing", False):
         raise UserError(
             f"{type(model).__name__} cannot compute activations again; set train.activation_checkpointing=false"
         )

@@ -7,7 +7,8 @@ from pydantic import ValidationError
 
 from clm_dist.config import GenerateConfig
 from clm_dist.errors import UserError
-from clm_dist.model.build import max_positions
+from clm_dist.model.configuration import row_of
+from clm_dist.model.positions import max_positions
 
 
 def generate(
@@ -32,19 +33,75 @@ def generate(
     model.eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        output = model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=settings.do_sample,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            use_cache=True,
-            streamer=streamer,
-            synced_gpus=together,
-            **(sampling if settings.do_sample else {}),
-        )
+        if generates(model):
+            output = model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=settings.max_new_tokens,
+                do_sample=settings.do_sample,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                use_cache=True,
+                streamer=streamer,
+                synced_gpus=together,
+                **(sampling if settings.do_sample else {}),
+            )
+        else:
+            output = by_passes(model, input_ids, settings, tokenizer.eos_token_id, streamer, together)
     model.train(was_training)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def generates(model: Any) -> bool:
+    """Whether transformers' own `generate` says what the model predicts; some count positions otherwise than training."""
+    row = row_of(model.config)
+    return bool(model.can_generate()) and (row is None or row.generates)
+
+
+@torch.no_grad()
+def by_passes(
+    model: Any,
+    input_ids: torch.Tensor,
+    settings: GenerateConfig,
+    eos_token_id: int | None,
+    streamer: Any = None,
+    together: bool = False,
+) -> torch.Tensor:
+    """Continues (1, T) ids with a pass over all of them for each token: right for any model that trains here, and slow.
+
+    top_k and top_p as in transformers (Holtzman et al., arXiv:1904.09751).
+    """
+    ids, ended = input_ids, False
+    if streamer is not None:
+        streamer.put(ids.cpu())
+    for _ in range(settings.max_new_tokens):
+        logits = model(input_ids=ids).logits[:, -1].float()  # (1, V)
+        if ended:
+            continue  # together: the others may not have ended
+        if settings.do_sample:
+            token = torch.multinomial(_likely(logits / settings.temperature, settings).softmax(-1), 1)
+        else:
+            token = logits.argmax(-1, keepdim=True)
+        ids = torch.cat((ids, token), dim=1)
+        if streamer is not None:
+            streamer.put(token[0].cpu())
+        ended = eos_token_id is not None and token.item() == eos_token_id
+        if ended and not together:
+            break
+    if streamer is not None:
+        streamer.end()
+    return ids
+
+
+def _likely(logits: torch.Tensor, settings: GenerateConfig) -> torch.Tensor:
+    """Logits (1, V) with -inf for what is not to be drawn."""
+    if settings.top_k:
+        least = logits.topk(min(settings.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -float("inf"))
+    if settings.top_p is not None and settings.top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # of those that are likelier
+        logits = logits.masked_fill((before >= settings.top_p).gather(-1, order.argsort(-1)), -float("inf"))
+    return logits
 
 
 def prompt_ids(tokenizer: Any, prompt: str, settings: GenerateConfig, positions: int | None) -> list[int]:

@@ -12,10 +12,12 @@ from clm_dist.data.manifest import MANIFEST, Manifest, read_manifest
 from clm_dist.data.order import steps_of_epochs
 from clm_dist.disagreements import divisors
 from clm_dist.errors import ConfigError
-from clm_dist.model.build import check_fits, model_configuration
+from clm_dist.model.build import blank_model
+from clm_dist.model.configuration import model_configuration
+from clm_dist.model.positions import check_fits
 from clm_dist.planning.memory import STRATEGIES, Activations
 from clm_dist.planning.planner import Cluster, Row, Task, largest_evaluation, precision_of, recommend, rows
-from clm_dist.planning.shapes import blank_model, hidden_size, shapes
+from clm_dist.planning.shapes import hidden_size, shapes
 from clm_dist.planning.zero_settings import zero_settings
 from clm_dist.progress import progress
 
@@ -163,7 +165,9 @@ def _configuration(config: Config, manifest: Manifest | None) -> Any:
     """The model's configuration, of the vocabulary that the data has or will have."""
     vocab_size = manifest.vocab_size if manifest else config.data.tokenizer_vocab_size
     built = model_configuration(config.model, {} if vocab_size is None else {"vocab_size": vocab_size})
-    check_fits(built, config.data.block_size, vocab_size or 0, str(config.model.name or config.model.type))
+    check_fits(
+        built, config.data.block_size, vocab_size or 0, config.model.called, bool(config.model.pad_vocab_to_multiple_of)
+    )
     built.use_cache = False  # as in training
     return built
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from clm_dist.config import ModelConfig
-from clm_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,22 +39,15 @@ class Shapes:
         return self.trained + sum(self.frozen)
 
 
-def blank_model(config: ModelConfig, built: Any, dtype: Any) -> Any:
-    """The model of a configuration in `dtype`; on the meta device or under FakeTensorMode it takes no memory."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_config(built, trust_remote_code=config.trust_remote_code, dtype=dtype)
-    except (TypeError, ValueError, RuntimeError) as error:  # sizes that do not go together
-        raise UserError(f"model.config={config.config} builds no {built.model_type}: {error}; correct it") from None
-
-
 def shapes(config: ModelConfig, built: Any) -> Shapes:
     """The shapes of a model by its configuration; no weight is made or loaded."""
     import torch
 
+    from clm_dist.model.build import blank_model, freeze_unused
+
     with torch.device("meta"):
         model = blank_model(config, built, torch.float32)
+    freeze_unused(model)
     return shapes_of(model)
 
 

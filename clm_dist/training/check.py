@@ -110,7 +110,7 @@ def _model(config: Config, job: Job) -> Any:
     configuration = job.model_configuration
     if config.train.mixed_precision == "bf16":
         configuration = _without_dropout(configuration)
-    model = build_model(config.model, configuration, config.seed)
+    model = build_model(config.model, configuration, config.seed, job.manifest.vocab_size)
     model.config.use_cache = False  # type: ignore[union-attr]
     return model
 

@@ -6,12 +6,14 @@ from clm_dist.config import Config
 from clm_dist.data.prepared import open_blocks, open_prepared
 from clm_dist.data.tokenize import load_tokenizer, tokenizer_sha256
 from clm_dist.errors import UserError
-from clm_dist.model.build import check_fits, load_configuration, load_model
-from clm_dist.model.isolation import check_isolation
+from clm_dist.model.build import load_model
+from clm_dist.model.configuration import load_configuration
+from clm_dist.model.positions import check_fits
 from clm_dist.training import run_folder
 from clm_dist.training.batches import Batches
 from clm_dist.training.evaluate import Evaluation, evaluate
 from clm_dist.training.meter import figures
+from clm_dist.training.proof import prove
 from clm_dist.training.runtime import check_launch, finish, start
 
 
@@ -37,11 +39,10 @@ def evaluate_model(config: Config, name: str, revision: str | None, output: str 
             f"{manifest.tokenizer_sha256[:12]}); prepare again with data.tokenizer={name} and another data.prepared_dir"
         )
     accelerator = start(config.train.mixed_precision)
-    model = load_model(name, built, revision, trust)
+    model = load_model(name, built, revision, trust, config.model.attention)
     isolate = config.train.isolate_documents
     model.config.use_cache = False  # type: ignore[union-attr]  # a cache of keys and values serves generation only
-    if isolate:
-        check_isolation(model, config.data.block_size, name)
+    prove(config, model, name, accelerator.device)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     batches = Batches(blocks, isolate, accelerator.device)
     result = evaluate(accelerator, model, batches, config.evaluate.micro_batch_size, manifest.tokens_per_byte("eval"))

@@ -11,8 +11,9 @@ from clm_dist.data.manifest import Manifest
 from clm_dist.data.prepared import open_blocks, open_prepared
 from clm_dist.data.tokenize import load_tokenizer, token_ids
 from clm_dist.ledger.ledger import last_row
-from clm_dist.model.build import check_fits, max_positions, model_configuration
+from clm_dist.model.configuration import model_configuration
 from clm_dist.model.generate import prompt_ids
+from clm_dist.model.positions import check_fits, max_positions
 from clm_dist.publish.courier import check_installed, destinations
 from clm_dist.training import run_folder
 from clm_dist.training.plan import Plan, make_plan
@@ -51,7 +52,13 @@ def open_job(config: Config, overwrite: bool, run: bool = True) -> Job:
     prepared = Path(config.data.prepared_dir)
     tokenizer = load_tokenizer(str(prepared / "tokenizer"))
     built = model_configuration(config.model, token_ids(tokenizer))
-    check_fits(built, config.data.block_size, manifest.vocab_size, str(config.model.name or config.model.type))
+    check_fits(
+        built,
+        config.data.block_size,
+        manifest.vocab_size,
+        config.model.called,
+        bool(config.model.pad_vocab_to_multiple_of),
+    )
     for prompt in config.generate.prompts:
         prompt_ids(tokenizer, prompt, config.generate, max_positions(built))
     train_blocks, eval_blocks = (open_blocks(config, manifest, split) for split in ("train", "eval"))

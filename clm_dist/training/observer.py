@@ -11,8 +11,9 @@ from accelerate import Accelerator
 
 from clm_dist.config import Config
 from clm_dist.engine.engine import Engine
-from clm_dist.model.build import max_positions
+from clm_dist.model.configuration import told
 from clm_dist.model.generate import generate
+from clm_dist.model.positions import max_positions
 from clm_dist.publish import outbox
 from clm_dist.publish.courier import Couriers, destinations
 from clm_dist.publish.export import export
@@ -55,6 +56,8 @@ class Observer:
         self.parameters = sum(getattr(one, "ds_numel", one.numel()) for one in plain.parameters())
         where = f"on {self.accelerator.device.type}, {self.engine.name}"
         self.say(f"{type(plain).__name__}, {self.parameters:,} parameters, {where}")
+        if (line := told(self.job.model_configuration)) is not None:
+            self.say(line)
         self.say(str(self.plan))
         for line in self.job.sharding.lines():
             self.say(line)

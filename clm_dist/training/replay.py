@@ -13,7 +13,8 @@ from clm_dist.data.order import blocks_at, micro_batches, step_seed
 from clm_dist.data.prepared import open_blocks, open_prepared
 from clm_dist.data.tokenize import load_tokenizer, token_ids
 from clm_dist.errors import UserError
-from clm_dist.model.build import build_model, model_configuration
+from clm_dist.model.build import build_model
+from clm_dist.model.configuration import model_configuration
 from clm_dist.model.loss import next_token_nll
 from clm_dist.training import offence
 from clm_dist.training.batches import Batches
@@ -32,7 +33,7 @@ def replay(run: Path, step: int) -> list[str]:
     tokenizer = load_tokenizer(str(Path(config.data.prepared_dir) / "tokenizer"))
     accelerator = start(config.train.mixed_precision)
     random_weights = config.model.model_copy(update={"from_scratch": config.model.name is not None})
-    model = build_model(random_weights, model_configuration(config.model, token_ids(tokenizer)), config.seed)
+    model = build_model(random_weights, model_configuration(random_weights, token_ids(tokenizer)), config.seed)
     model.config.use_cache = False  # type: ignore[union-attr]
     content.load_weights(model, Saved([place / offence.WEIGHTS]))
     model = accelerator.prepare_model(model).train()

@@ -13,7 +13,6 @@ from clm_dist.data.order import blocks_at, micro_batches, step_seed
 from clm_dist.engine.engine import Engine
 from clm_dist.engine.make import make_engine
 from clm_dist.model.build import build_model, checkpoint_activations
-from clm_dist.model.isolation import check_isolation
 from clm_dist.model.loss import next_token_nll
 from clm_dist.training import run_folder
 from clm_dist.training.batches import Batch, Batches
@@ -23,6 +22,7 @@ from clm_dist.training.keeper import Keeper
 from clm_dist.training.observer import Observer
 from clm_dist.training.optimizer import make_optimizer
 from clm_dist.training.plan import Plan
+from clm_dist.training.proof import prove
 from clm_dist.training.publishing import check_hub
 from clm_dist.training.runtime import finish, start
 from clm_dist.training.schedule import lr_at
@@ -42,12 +42,11 @@ def train(config: Config, overwrite: bool = False, watch: Watch | None = None) -
     check_hub(config, overwrite)
     accelerator = start(config.train.mixed_precision, job.sharding.settings)
     with run_folder.joined(config, accelerator, watch):
-        model = build_model(config.model, job.model_configuration, config.seed)
+        model = build_model(config.model, job.model_configuration, config.seed, job.manifest.vocab_size)
         model.config.use_cache = False  # type: ignore[union-attr]  # a cache of keys and values serves generation only
         if config.train.activation_checkpointing:
             checkpoint_activations(model)
-        if config.train.isolate_documents:
-            check_isolation(model, plan.block_size, str(config.model.name or config.model.type))
+        prove(config, model, config.model.called, accelerator.device, stays=job.sharding.kind == "replicated")
         optimizer = make_optimizer(model, config.optim)
         engine = make_engine(job.sharding.kind, accelerator, model, optimizer, config.optim.max_grad_norm)
         check_live(job.sharding, engine, config)

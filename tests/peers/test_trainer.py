@@ -27,7 +27,8 @@ from clm_dist.data.blocks import Blocks
 from clm_dist.data.manifest import read_manifest
 from clm_dist.data.order import global_batch
 from clm_dist.data.tokenize import load_tokenizer, token_ids
-from clm_dist.model.build import build_model, model_configuration
+from clm_dist.model.build import build_model
+from clm_dist.model.configuration import model_configuration
 from clm_dist.preparation.prepare import prepare
 from clm_dist.training.batches import Batches
 from clm_dist.training.evaluate import evaluate as exact_evaluation

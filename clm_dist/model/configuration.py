@@ -1,0 +1,136 @@
+"""The configuration of a model, loaded or from scratch: what its architecture needs laid under what the recipe says."""
+
+from typing import Any
+
+from clm_dist import hub
+from clm_dist.config import ModelConfig
+from clm_dist.errors import ConfigError, UserError, nearest
+from clm_dist.model import transformers_versions
+from clm_dist.model.architectures import BY_TYPE, Architecture
+from clm_dist.model.presets import preset_settings
+
+# what the library calls some of the guide's names
+_BUILT_AS = {"code_llama": "llama"}
+_CALLED = {"musicgen_decoder": "musicgen"}  # by the configurations that they come with
+
+
+def model_configuration(config: ModelConfig, token_ids: dict[str, int | None]) -> Any:
+    """The transformers configuration of the model: loaded or built, with `model.config.*` laid over it.
+
+    token_ids: vocab_size, bos_token_id, eos_token_id and pad_token_id of the tokenizer, which a model built from
+    `model.type` takes over unless `model.config` says otherwise.
+    """
+    if config.type is None:
+        plain = load_configuration(str(config.name), config.revision, config.trust_remote_code)
+        _refuse_unknown(plain, config.config)
+        for key, value in config.config.items():
+            setattr(plain, key, value)
+        if config.from_scratch and config.pad_vocab_to_multiple_of:
+            wanted = max(int(token_ids.get("vocab_size") or 0), plain.vocab_size)
+            plain.vocab_size = padded(wanted, config.pad_vocab_to_multiple_of)
+        return plain
+    from huggingface_hub.errors import StrictDataclassError
+
+    row = BY_TYPE.get(config.type)
+    _refuse_what_is_refused(row, f"model.type={config.type}")
+    architecture = _class(config.type, row)
+    plain = architecture()
+    _refuse_unknown(plain, config.config)
+    needs_padding = row is not None and row.needs_padding
+    # None too: the architecture's own defaults are of another vocabulary (OPT's padding, id 1, would never be trained)
+    settings: dict[str, Any] = {key: one for key, one in token_ids.items() if one is not None or not needs_padding}
+    if config.pad_vocab_to_multiple_of and settings.get("vocab_size"):
+        settings["vocab_size"] = padded(settings["vocab_size"], config.pad_vocab_to_multiple_of)
+    if row is not None:
+        settings |= {**row.scratch, **row.needs}
+    if config.preset is not None:
+        settings |= preset_settings(config.preset, plain, row)
+    settings |= config.config
+    if row is not None and isinstance(vocabulary := settings.get("vocab_size", plain.vocab_size), int):
+        settings = settings | dict.fromkeys(row.past_vocabulary, vocabulary)
+    try:
+        return architecture(**settings)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"model.config={config.config} does not fit {config.type}: {said}; correct it") from None
+
+
+def padded(vocab_size: int, multiple: int) -> int:
+    """The next multiple: matrices of such sizes are faster on GPUs."""
+    return -(-vocab_size // multiple) * multiple
+
+
+def row_of(built: Any) -> Architecture | None:
+    """What the table knows of a configuration's architecture."""
+    name = built.model_type
+    return BY_TYPE.get(_CALLED.get(name, name))
+
+
+def told(built: Any) -> str | None:
+    """What a model had to be told to be a left-to-right one of text, as a line for the screen; None: nothing."""
+    row = row_of(built)
+    if row is None or not row.needs:
+        return None
+    settings = ", ".join(f"{key}={getattr(built, key)}".lower() for key in row.needs)
+    return f"{row.name} as a left-to-right language model: {settings} (docs/architectures.md)"
+
+
+def load_configuration(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The configuration of a folder or Hub id, told to be a left-to-right model; UserError where there is none."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    try:
+        where = hub.resolve_model(name, revision)
+        values, _ = PretrainedConfig.get_config_dict(name, **where)
+        row = BY_TYPE.get(_CALLED.get(values.get("model_type", ""), values.get("model_type", "")))
+        _refuse_what_is_refused(row, f"{name} ({row.name if row else None})")
+        if row is not None and row.classes is not None:
+            plain = transformers_versions.named(row.classes[0]).from_pretrained(name, **where)
+        else:
+            plain = AutoConfig.from_pretrained(name, **where, trust_remote_code=trust_remote_code)
+        for key, value in row.needs.items() if row else ():
+            setattr(plain, key, value)
+        return plain
+    except (OSError, ValueError) as error:
+        remedy = "or give a folder with config.json as model.name"
+        raise hub.refused(error, "model", name, revision, "model.name", remedy) from None
+
+
+def _class(type_: str, row: Architecture | None) -> Any:
+    """That of the configuration of a type; UserError where there is none that makes a causal language model."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if row is not None and row.classes is not None:
+        return transformers_versions.named(row.classes[0])
+    name = _BUILT_AS.get(type_, type_)
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if name in CONFIG_MAPPING:
+            raise UserError(
+                f"model.type={type_} is no causal language model: transformers has no head for it that predicts text; "
+                "take one of `clm-dist architectures`"
+            )
+        here = {one for one in BY_TYPE if transformers_versions.MAJOR in BY_TYPE[one].lives}
+        known = nearest(type_, here | set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+        which = known if known.startswith("; did") else "; `clm-dist architectures` lists them"
+        raise UserError(f"model.type={type_} is no causal language model that transformers knows{which}")
+    return CONFIG_MAPPING[name]
+
+
+def _refuse_what_is_refused(row: Architecture | None, given: str) -> None:
+    """UserError for an architecture that cannot be trained on text, or not with this version of transformers."""
+    if row is None:
+        return
+    if row.refused is not None:
+        raise UserError(f"{given} cannot be trained on text: {row.refused}")
+    if transformers_versions.MAJOR not in row.lives:
+        raise UserError(transformers_versions.elsewhere(given, row))
+
+
+def _refuse_unknown(built: Any, settings: dict[str, Any]) -> None:
+    """transformers takes any key in silence; a misspelt one would train another model than was asked for."""
+    known = {key for key in dir(built) if not key.startswith("_") and not callable(getattr(type(built), key, None))}
+    known |= set(built.attribute_map)
+    problems = [f"unknown key model.config.{key}{nearest(key, known)}" for key in settings if key not in known]
+    if problems:
+        raise ConfigError(problems)
