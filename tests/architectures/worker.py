@@ -1,0 +1,109 @@
+"""Trains one architecture after another in one group of processes, by the real `train`, and writes down what held.
+
+    worker.py FOLDER KIND TYPE ...      KIND: ddp, zero2, zero3 (what it was launched with)
+
+FOLDER holds prepared data; FOLDER/results-KIND/TYPE.json is what came out, a cell for each promise: "yes", or why not.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate.state import AcceleratorState, GradientState
+
+import clm_dist.training.train as training
+from clm_dist import recipe
+from clm_dist.errors import UserError
+from clm_dist.watch.watch import Watch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import cells
+
+STEPS = 30
+FOLDER, KIND, *TYPES = sys.argv[1:]
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def values(type_: str, run: Path, **train) -> dict:
+    """The recipe of a case."""
+    return {
+        "run_dir": str(run),
+        "data": {
+            "source": f"{FOLDER}/texts.jsonl",
+            "prepared_dir": f"{FOLDER}/prepared",
+            "eval_fraction": 0.2,
+            "tokenizer_vocab_size": 300,
+            "block_size": 32,
+        },
+        "model": {"type": type_, "preset": "tiny"},
+        "optim": {"lr": 5e-3},
+        "train": {"max_steps": STEPS, "global_batch_size": 8, "log_every": 5, "mixed_precision": "no", **train},
+        "checkpoint": {"save_every": STEPS // 2, "asynchronous": False},
+        "evaluate": {"micro_batch_size": 8},
+        "generate": {"prompts": ["the cat"], "max_new_tokens": 6, "do_sample": False},
+    }
+
+
+def train(type_: str, run: Path, **options) -> recipe.Config:
+    """One run, as a user's; the group of processes stays."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    config = recipe.build(values(type_, run, **options))
+    training.train(config, watch=Watch())
+    return config
+
+
+def rows(config: recipe.Config, key: str) -> list[float]:
+    """A metric over the run."""
+    lines = Path(config.run_dir, "metrics.jsonl").read_text().splitlines()
+    return [row[key] for row in map(json.loads, lines) if key in row]
+
+
+def case(type_: str) -> dict[str, str]:
+    """All cells of one architecture. Every rank must call this; the main process looks at what the run left."""
+    run = Path(FOLDER, KIND, type_)
+    config = train(type_, run)
+    found = {"trained": "yes"}
+    before, *_, after = rows(config, "eval/loss")
+    found["loss falls"] = "yes" if after < before - 0.3 else f"no: {before:.3f} to {after:.3f} nats a token"
+    resumed = Path(FOLDER, KIND, f"{type_}-resumed")
+    train(type_, resumed, resume=str(run / "checkpoints" / f"step-{STEPS // 2:08d}"))
+    if RANK == 0:
+        found["resume exact"] = cells.same_weights(run / "model", resumed / "model")
+        found |= cells.of_the_run(config, before, after)
+        if KIND == "ddp":
+            found |= cells.of_the_model(config)
+    return found
+
+
+def main() -> None:
+    """Every type, whatever happened to the one before it."""
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    training.finish = lambda accelerator: accelerator.wait_for_everyone()  # the group is needed again
+    results = Path(FOLDER, f"results-{KIND}")
+    results.mkdir(exist_ok=True)
+    for type_ in TYPES:
+        began = time.monotonic()
+        try:
+            found = case(type_)
+        except UserError as error:
+            found = {"trained": f"no: {error}"}
+        except Exception as error:  # the others are to be seen all the same; both ranks fail alike
+            traceback.print_exc()
+            found = {"trained": f"no: {type(error).__name__}: {' '.join(str(error).split())[:160]}"}
+        if RANK == 0:
+            found["seconds"] = round(time.monotonic() - began, 2)
+            (results / f"{type_}.json").write_text(json.dumps(found, indent=1))
+            print(type_, found, flush=True)
+        assert math.isfinite(found.get("seconds", 0))
+
+
+if __name__ == "__main__":
+    main()
