@@ -5,6 +5,7 @@ import torch
 from tiny_models import TINY, tiny_configuration
 from transformers import AutoModelForCausalLM
 
+from clm_dist.model.transformers_versions import MAJOR
 from clm_dist.planning.activations import (
     GpuAutocast,
     Meter,
@@ -17,6 +18,8 @@ from clm_dist.planning.activations import (
 )
 from clm_dist.planning.shapes import shapes_of
 
+DRAWS = pytest.mark.skipif(MAJOR < 5, reason="OPT of transformers 4.57 draws which layers to leave out: not counted")
+COUNTED = [pytest.param(name, marks=DRAWS) if name == "opt" else name for name in TINY]
 B, T = 5, 32  # B is none of the two that are counted
 
 
@@ -60,7 +63,7 @@ def saved_bytes(model, ids, precision):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", COUNTED)
 def test_what_is_kept_is_what_autograd_saves(name, precision):
     measured = saved_bytes(*real_model(name, precision), precision)
     estimate = count(builder(without_dropout(name)), T, precision, False).kept.at(B)
@@ -69,7 +72,7 @@ def test_what_is_kept_is_what_autograd_saves(name, precision):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", COUNTED)
 def test_the_peak_is_that_of_the_live_tensors(name, precision, checkpointing):
     model, ids = real_model(name, precision, checkpointing)
     with Meter() as meter, GpuAutocast():
