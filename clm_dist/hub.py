@@ -119,7 +119,8 @@ def explain(error: BaseException, kind: Kind, name: str, revision: str | None = 
     def met(*kinds: type[BaseException]) -> bool:
         return any(isinstance(one, kinds) for one in chain)
 
-    status = (_answers(chain) or [None])[-1]
+    answers = _answers(chain)
+    status = answers[-1] if answers else None
     if met(errors.HFValidationError):
         return f"there is no folder {name}, and a name on the Hub is written owner/name; check the path"
     if met(errors.GatedRepoError) or "is a gated dataset" in str(error):  # `datasets` hides the former

@@ -10,6 +10,7 @@ from clm_dist import hub
 from clm_dist.config import ModelConfig
 from clm_dist.errors import UserError
 from clm_dist.model import repairs, transformers_versions
+from clm_dist.model.architectures import IDENTITY
 from clm_dist.model.configuration import load_configuration, padded, row_of
 
 
@@ -22,11 +23,14 @@ def build_model(config: ModelConfig, built: Any, seed: int, vocab_size: int = 0)
         model = load_model(str(config.name), built, config.revision, config.trust_remote_code, config.attention)
         if config.pad_vocab_to_multiple_of:
             _resize(model, vocab_size, config.pad_vocab_to_multiple_of, seed)
+        if (row := row_of(built)) is not None and row.guide == IDENTITY:
+            _generate_left_to_right(model)
     else:
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # the same weights on every rank and at every world size
             model = blank_model(config, built)
         model = model.float()
+        _generate_left_to_right(model)
     freeze_unused(model)
     return model
 
@@ -61,6 +65,15 @@ def freeze_unused(model: Any) -> None:
         for name, parameter in model.named_parameters():
             if part in name:
                 parameter.requires_grad_(False)
+
+
+def _generate_left_to_right(model: Any) -> None:
+    """Takes away what `generate` does by default for a translator: several beams, a forced last token, no repetition."""
+    from transformers import GenerationConfig
+
+    if model.can_generate():
+        kept = {key: getattr(model.config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**kept)
 
 
 def _maker(built: Any) -> Any:

@@ -14,9 +14,7 @@ import torch
 from clm_dist.errors import UserError
 from clm_dist.model.configuration import row_of
 
-# Of the largest logit, in fp64: experts sort their tokens, and sums of another order differ in the last bits; MEGA's Fourier
-# transform mixes all places, in fp32 whatever it is given.
-NOISE = 1e-6
+NOISE = 1e-8  # of the largest logit, in fp64: experts sort tokens, and sums of another order differ in the last bits
 NOISE_FP32 = 1e-5  # where a model has kernels that do not compute in fp64
 # What models say about which way they look, and the value that looks back only.
 _DIRECTIONS = {
@@ -64,7 +62,8 @@ def cuts(block_size: int) -> list[int]:
 
 def _settle(model: Any, ids: Any, changed: Any, cut: int, moved: Any, logits: Any, name: str) -> None:
     """Whether what moved is a leak, or experts that added the same numbers in another order: fp64 tells them apart."""
-    allowed = NOISE
+    row = row_of(model.config)
+    allowed = max(NOISE, row.noise if row else 0.0)
     try:
         exact = model.double()
         one, other = _logits(exact, ids), _logits(exact, changed)

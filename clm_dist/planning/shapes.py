@@ -54,9 +54,9 @@ def shapes(config: ModelConfig, built: Any) -> Shapes:
 def shapes_of(model: Any) -> Shapes:
     """The shapes of a model that exists."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    embedding = model.get_input_embeddings()
-    head = model.get_output_embeddings()
-    tied = head is not None and head.weight is embedding.weight
+    embedding = getattr(model.get_input_embeddings(), "weight", None)  # Transformer-XL's is in pieces
+    head = getattr(model.get_output_embeddings(), "weight", None)  # MusicGen has one for each codebook
+    tied = head is not None and head is embedding
     text = model.config.get_text_config()
     heads, width = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", 0)
     size_of_head = getattr(text, "head_dim", None)
@@ -71,7 +71,7 @@ def shapes_of(model: Any) -> Shapes:
         vectors=tuple(parameter.numel() for parameter in vectors),
         frozen=tuple(parameter.numel() for parameter in frozen),
         buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
-        lookup=0 if tied else embedding.weight.numel(),
+        lookup=0 if tied or embedding is None else embedding.numel(),
         layers=getattr(text, "num_hidden_layers", 0) or 0,
         width=width or 0,
         rows=tuple(parameter.shape[0] if parameter.ndim else 1 for parameter in (*matrices, *vectors, *frozen)),

@@ -35,7 +35,8 @@ def export(
     trained_with_cache, plain.config.use_cache = plain.config.use_cache, True  # off in training only
     plain.save_pretrained(staged, state_dict=dict(held), is_main_process=True)
     plain.config.use_cache = trained_with_cache
-    check_written(staged, held)
+    if not check_written(staged, held):
+        check_loaded(staged, type(plain), held)
     tokenizer.save_pretrained(staged)
     for name, content in pages.items():
         (staged / name).write_bytes(content)
@@ -49,10 +50,11 @@ def export(
     shutil.rmtree(former, ignore_errors=True)
 
 
-def check_written(folder: Path, live: dict[str, torch.Tensor]) -> None:
+def check_written(folder: Path, live: dict[str, torch.Tensor]) -> bool:
     """RunError unless the files hold every live tensor, byte for byte: one of those that are tied is enough.
 
-    Sharded weights that were never gathered come out as empty tensors, and load as such.
+    Sharded weights that were never gathered come out as empty tensors, and load as such. False where transformers writes
+    weights by other names, or in other pieces, than the model has (5 does so for GPT-NeoX and for experts).
     """
     missing = {tensor.data_ptr(): name for name, tensor in live.items() if tensor.numel()}
     for path in sorted(folder.glob("*.safetensors")):
@@ -60,7 +62,7 @@ def check_written(folder: Path, live: dict[str, torch.Tensor]) -> None:
             for name in file.keys():  # noqa: SIM118  # no dictionary
                 written = file.get_tensor(name)
                 if name not in live:
-                    raise RunError(f"{path} holds {name}, which the model has not")
+                    return False
                 if written.shape != live[name].shape or not _same_bits(written, live[name]):
                     raise RunError(
                         f"{path}: {name} {tuple(written.shape)} {written.dtype} is not the live {tuple(live[name].shape)} "
@@ -69,6 +71,17 @@ def check_written(folder: Path, live: dict[str, torch.Tensor]) -> None:
                 missing.pop(live[name].data_ptr(), None)
     if missing:
         raise RunError(f"{folder} lacks {next(iter(missing.values()))} (and {len(missing) - 1} more)")
+    return True
+
+
+def check_loaded(folder: Path, model_class: Any, live: dict[str, torch.Tensor]) -> None:
+    """The same by loading the files, as whoever uses them will: takes the memory of a second model."""
+    dtype = next((tensor.dtype for tensor in live.values() if tensor.is_floating_point()), torch.float32)
+    found = model_class.from_pretrained(folder, dtype=dtype, use_safetensors=True).state_dict()
+    different = [name for name in live if name not in found or not _same_bits(found[name], live[name])]
+    if different or found.keys() != live.keys():
+        name = (different or sorted(found.keys() ^ live.keys()))[0]
+        raise RunError(f"{folder} does not load as the live model: {name} is another")
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -82,6 +95,8 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _set_generation_defaults(model: Any, tokenizer: Any, sampling: GenerateConfig) -> None:
     """The recipe's sampling becomes what `pipeline(...)` does when asked for nothing else."""
     generation = model.generation_config
+    if generation is None:  # transformers 4.57 gives none to those that have left
+        return
     generation.do_sample = sampling.do_sample
     generation.max_new_tokens = sampling.max_new_tokens
     # None where nothing is drawn: what the base model came with would be refused when it is saved
