@@ -42,7 +42,7 @@ class Launched:
         end = time.monotonic() + PATIENCE
         while not all(code.exists() for code in codes):
             assert self.process.poll() is None and time.monotonic() < end, (self.folder / "log").read_text()
-            time.sleep(0.02)
+            time.sleep(0.05)
         said = [
             "".join((self.folder / f"{name}-{rank}.{kind}").read_text() for rank in range(self.processes))
             for kind in ("out", "err")

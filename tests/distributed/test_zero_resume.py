@@ -114,7 +114,7 @@ def test_going_on_is_equal_to_the_last_bit(go_on, recipe, reference, tmp_path, c
     assert weights[0] == weights[1] and consumed(run) == consumed(whole)
 
 
-@pytest.mark.parametrize("config", ["zero2", "zero3"])
+@pytest.mark.parametrize("config", ["zero3", pytest.param("zero2", marks=pytest.mark.soak)])
 def test_two_ranks_then_one_then_three(go_on, recipe, reference, tmp_path, config):
     """Loaded by one rank, then by three: moments and weights are those that were saved, to the last bit. Where the run then
     ends, the moments are those of a run that was never resharded to 1e-6, absolutely; relative to the largest of each

@@ -60,7 +60,7 @@ def ended(child: int) -> int:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
+        time.sleep(0.05)
     os.kill(child, 9)
     os.waitpid(child, 0)
     return 1
@@ -73,7 +73,7 @@ def main() -> None:
     while os.getppid() != 1:  # whoever launched this is there
         path = FOLDER / f"{number}.json"
         if not path.exists():
-            time.sleep(0.02)
+            time.sleep(0.05)
             continue
         case = json.loads(path.read_text())
         if not case:
