@@ -238,6 +238,8 @@ def launch_warm(tmp_path_factory):
 
     yield launch
     for launched in kept.values():
+        launched.dismiss()
+    for launched in kept.values():
         launched.end()
 
 

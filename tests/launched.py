@@ -49,8 +49,13 @@ class Launched:
         ]
         return Result(max((int(code.read_text()) for code in codes), key=abs), *said)
 
-    def end(self) -> None:
+    def dismiss(self) -> None:
+        """Says that there are no more cases."""
         (self.folder / f"{self.count}.json").write_text("null")
+
+    def end(self) -> None:
+        """Until all have left."""
+        self.dismiss()
         try:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
