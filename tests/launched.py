@@ -29,7 +29,7 @@ class Launched:
         )  # fmt: skip
 
     def run(self, program: list[str], env: dict[str, str]) -> Result:
-        """One case, to its end: the worst of the ranks' codes, and what all of them said."""
+        """One case, to its end: the code of a rank that failed by itself, if one did, and what all of them said."""
         name, self.count = str(self.count), self.count + 1
         # a store for each case, held here as by the launcher's agent, whose own remembers the group of the case before
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -47,7 +47,8 @@ class Launched:
             "".join((self.folder / f"{name}-{rank}.{kind}").read_text() for rank in range(self.processes))
             for kind in ("out", "err")
         ]
-        return Result(max((int(code.read_text()) for code in codes), key=abs), *said)
+        left = [int(code.read_text()) for code in codes]
+        return Result(next((code for code in (max(left), min(left)) if code), 0), *said)
 
     def dismiss(self) -> None:
         """Says that there are no more cases."""

@@ -10,6 +10,7 @@ ended. Packages are imported beforehand; the program under test is not: each chi
 import json
 import os
 import runpy
+import signal
 import sys
 import time
 import traceback
@@ -25,7 +26,7 @@ if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
     import deepspeed  # noqa: F401
 
 FOLDER, RANK = Path(sys.argv[1]), os.environ.get("RANK", "0")
-PATIENCE = 300  # seconds for one case: nobody else ends a rank whose neighbour has failed
+PATIENCE = 300  # seconds for one case
 
 
 def become(case: dict, name: str) -> None:
@@ -53,17 +54,20 @@ def become(case: dict, name: str) -> None:
     os._exit(code)
 
 
-def ended(child: int) -> int:
-    """The exit code of a child, which is ended if it takes too long."""
-    end = time.monotonic() + PATIENCE
+def ended(child: int, name: str) -> int:
+    """The exit code of a child; as by the launcher's agent it is asked to end once another rank has failed."""
+    end, asked = time.monotonic() + PATIENCE, False
     while time.monotonic() < end:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             return os.waitstatus_to_exitcode(status)
+        if not asked and any(code.read_text() != "0" for code in FOLDER.glob(f"{name}-*.code")):
+            os.kill(child, signal.SIGTERM)
+            asked, end = True, time.monotonic() + 30
         time.sleep(0.05)
-    os.kill(child, 9)
+    os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return 1
+    return -signal.SIGKILL
 
 
 def main() -> None:
@@ -82,7 +86,7 @@ def main() -> None:
         if child == 0:
             become(case, str(number))
         staged = FOLDER / f".{number}-{RANK}.code"
-        staged.write_text(str(ended(child)))
+        staged.write_text(str(ended(child, str(number))))
         staged.rename(FOLDER / f"{number}-{RANK}.code")
         number += 1
 
