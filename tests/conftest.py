@@ -218,6 +218,38 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def launch_warm(tmp_path_factory):
+    """As `launch`, but cases under one configuration share the processes that are launched; few are kept (`Launched`).
+
+    For cases that end by themselves. Signals, kills and the launcher's own behaviour need a launch each.
+    """
+    from launched import KEPT, Launched
+
+    kept: dict[tuple[int, str], Launched] = {}
+
+    def launch(processes, *arguments, script=None, env=None, config="ddp"):
+        key = processes, config
+        launched = kept.pop(key, None) or Launched(tmp_path_factory.mktemp("launched"), *key)
+        kept[key] = launched  # the newest is last
+        if len(kept) > KEPT:
+            kept.pop(next(iter(kept))).end()
+        program = [str(script)] if script else ["-m", "clm_dist"]
+        return launched.run([*program, *map(str, arguments)], env or {})
+
+    yield launch
+    for launched in kept.values():
+        launched.dismiss()
+    for launched in kept.values():
+        launched.end()
+
+
+@pytest.fixture(scope="session")
+def command(launch_warm):
+    """As `run_command`, in a fork of a process that has imported the packages."""
+    return lambda *arguments: launch_warm(1, *arguments)
+
+
+@pytest.fixture(scope="session")
 def real_data():
     """The folder of the real ELI5 answers and the real GPT-2 tokenizer; skips where it is not."""
     folder = Path(os.environ.get("CLM_DIST_REAL_DATA", ROOT.parent / "shared" / "data"))

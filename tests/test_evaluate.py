@@ -7,7 +7,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import run_command
 from transformers import AutoModelForCausalLM
 
 from clm_dist.training.evaluate import Evaluation
@@ -29,9 +28,9 @@ def float64_loop(model_folder, eval_folder):
 
 
 @pytest.fixture(scope="module")
-def evaluated(trained, tmp_path_factory):
+def evaluated(command, trained, tmp_path_factory):
     output = tmp_path_factory.mktemp("evaluated") / "figures.json"
-    done = run_command("evaluate", trained / "recipe.yaml", "--output", output)
+    done = command("evaluate", trained / "recipe.yaml", "--output", output)
     assert done.code == 0, done.err
     return json.loads(output.read_text()), done.out
 
@@ -78,20 +77,20 @@ def test_a_hopeless_model_has_a_number_too():
     assert Evaluation(nll=1e6, tokens=1, correct=0, tokens_per_byte=1.0).perplexity == math.exp(700)
 
 
-def test_bad_input(trained, tmp_path):
+def test_bad_input(command, trained, tmp_path):
     recipe = trained / "recipe.yaml"
-    done = run_command("evaluate", recipe, f"run_dir={tmp_path / 'none'}")
+    done = command("evaluate", recipe, f"run_dir={tmp_path / 'none'}")
     assert done.code == 2 and "train first, or name a model" in done.err
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text((trained / "run" / "model" / "config.json").read_text())
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "empty" / name).write_text((trained / "run" / "model" / name).read_text())
-    done = run_command("evaluate", recipe, "--model", tmp_path / "empty")
+    done = command("evaluate", recipe, "--model", tmp_path / "empty")
     assert done.code == 2 and "holds no weights (*.safetensors)" in done.err and "Traceback" not in done.err
 
     changed = json.loads((tmp_path / "empty" / "tokenizer.json").read_text())
     changed["model"]["merges"] = changed["model"]["merges"][:-1]
     (tmp_path / "empty" / "tokenizer.json").write_text(json.dumps(changed))
-    done = run_command("evaluate", recipe, "--model", tmp_path / "empty")
+    done = command("evaluate", recipe, "--model", tmp_path / "empty")
     assert done.code == 2 and "has another tokenizer" in done.err, done.err

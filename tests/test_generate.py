@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from conftest import run_command
 
 from clm_dist.config import GenerateConfig
 from clm_dist.data.tokenize import load_tokenizer
@@ -57,19 +56,19 @@ def test_the_exported_model_remembers_its_sampling(model):
     assert saved_settings(model, {"top_k": 3}).top_k == 3
 
 
-def test_the_command(trained, tmp_path):
+def test_the_command(command, trained, tmp_path):
     model = trained / "run" / "model"
-    done = run_command("generate", model, "--prompt", "the cat", "--prompt", "a dog", "generate.max_new_tokens=5")
+    done = command("generate", model, "--prompt", "the cat", "--prompt", "a dog", "generate.max_new_tokens=5")
     assert done.code == 0, done.err
     assert [line.startswith(start) for line, start in zip(done.out.splitlines(), ("the cat", "a dog"), strict=True)]
 
     (tmp_path / "prompts.txt").write_text("the cat\n\nthe dog\n")
     arguments = ("generate", model, "--prompts-file", tmp_path / "prompts.txt", "--output", tmp_path / "texts.jsonl")
-    assert run_command(*arguments).code == 0
+    assert command(*arguments).code == 0
     rows = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["the cat", "the dog"]
     assert all(row["text"].startswith(row["prompt"]) for row in rows)
-    again = run_command(*arguments)
+    again = command(*arguments)
     assert again.code == 2 and "texts.jsonl exists; choose another name" in again.err
 
 
@@ -85,7 +84,7 @@ def test_the_command(trained, tmp_path):
         (["MODEL", "--prompt", "x" * 99, "generate.max_new_tokens=60"], "exceed the model's 64 positions"),
     ],
 )
-def test_bad_input(trained, arguments, needle):
+def test_bad_input(command, trained, arguments, needle):
     model = str(trained / "run" / "model")
-    done = run_command("generate", *[model if argument == "MODEL" else argument for argument in arguments])
+    done = command("generate", *[model if argument == "MODEL" else argument for argument in arguments])
     assert done.code == 2 and needle in done.err and "Traceback" not in done.err, done.err

@@ -15,7 +15,7 @@ SAMPLES = {"prompts": ["the cat"], "max_new_tokens": 8}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(command, tmp_path_factory):
     """A recipe with dropout, its data, and a run of it that nothing interrupted: `whole`."""
     folder = tmp_path_factory.mktemp("resume")
     write_documents(folder / "texts.jsonl")
@@ -24,8 +24,8 @@ def folder(tmp_path_factory):
     checkpoint = {"save_every": 5, "keep_last": 9, "asynchronous": False}
     values = recipe_values(folder, **sections, checkpoint=checkpoint, train=train, generate=SAMPLES)
     write_recipe(folder / "recipe.yaml", {**values, "run_dir": str(folder / "whole")})
-    for command in ("prepare", "train"):
-        done = run_command(command, folder / "recipe.yaml")
+    for name in ("prepare", "train"):
+        done = command(name, folder / "recipe.yaml")
         assert done.code == 0, done.err
     return folder
 
@@ -41,8 +41,10 @@ def run(folder, tmp_path):
     return run
 
 
-def train(folder, run, *overrides):
-    return run_command("train", folder / "recipe.yaml", f"run_dir={run}", *overrides)
+@pytest.fixture
+def train(command, folder):
+    """train(run, *overrides): of the recipe in that folder."""
+    return lambda run, *overrides: command("train", folder / "recipe.yaml", f"run_dir={run}", *overrides)
 
 
 def figures(run):
@@ -58,13 +60,13 @@ def assert_same(run, whole):
     assert (run / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
-def test_a_resumed_run_is_the_one_that_never_stopped(folder, run):
+def test_a_resumed_run_is_the_one_that_never_stopped(command, train, folder, run):
     """Rows and samples past the restored step were there: they are cut, and come again."""
-    done = train(folder, run)
+    done = train(run)
     assert done.code == 0, done.err
     assert f"resumed at step 10 from {run}/checkpoints/step-00000010 (1 processes then, 1 now)" in done.out
     assert_same(run, folder / "whole")
-    verified = run_command("verify", run)
+    verified = command("verify", run)
     assert verified.code == 0, verified.err
     # 20 steps of 12 blocks; the copied ledger knows that it was at step 20 before
     assert "20 steps in 2 starts read 240 blocks" in verified.out and "10 steps were done again" in verified.out
@@ -95,29 +97,27 @@ def test_what_a_checkpoint_holds(folder):
         (["train.resume=nowhere"], "train.resume=nowhere: there is no such folder; name a whole checkpoint"),
     ],
 )  # fmt: skip
-def test_another_run_is_refused_with_the_fields(folder, run, overrides, needle):
+def test_another_run_is_refused_with_the_fields(train, folder, run, overrides, needle):
     before = sorted(path.name for path in run.rglob("*"))
-    done = train(folder, run, *overrides)
+    done = train(run, *overrides)
     assert done.code == 2 and needle in done.err and "Traceback" not in done.err, done.err
     assert sorted(path.name for path in run.rglob("*")) == before
 
 
-def test_other_data_is_refused(folder, run, tmp_path):
-    done = run_command(
-        "prepare", folder / "recipe.yaml", f"data.prepared_dir={tmp_path / 'p'}", "data.eval_fraction=0.3"
-    )
+def test_other_data_is_refused(command, train, folder, run, tmp_path):
+    done = command("prepare", folder / "recipe.yaml", f"data.prepared_dir={tmp_path / 'p'}", "data.eval_fraction=0.3")
     assert done.code == 0
-    done = train(folder, run, f"data.prepared_dir={tmp_path / 'p'}", "data.eval_fraction=0.3")
+    done = train(run, f"data.prepared_dir={tmp_path / 'p'}", "data.eval_fraction=0.3")
     assert done.code == 2 and "is of other data: data.eval_fraction: 0.2 -> 0.3" in done.err
 
 
-def test_what_only_says_where_is_taken_and_a_meant_change_too(folder, run, tmp_path):
+def test_what_only_says_where_is_taken_and_a_meant_change_too(command, train, folder, run, tmp_path):
     shutil.copytree(folder / "prepared", tmp_path / "elsewhere")
     where = [f"data.prepared_dir={tmp_path / 'elsewhere'}", "train.micro_batch_size=6", "checkpoint.keep_last=1"]
     meant = ["optim.lr=0.02", "train.global_batch_size=24", "train.resume_changes=[optim.lr,train.global_batch_size]"]
-    done = train(folder, run, *where, *meant)
+    done = train(run, *where, *meant)
     assert done.code == 0, done.err
-    verified = run_command("verify", run)
+    verified = command("verify", run)
     assert verified.code == 0 and "20 steps in 2 starts read 360 blocks" in verified.out, verified.err
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000020"]
     rates = {row["step"]: row["train/lr"] for row in read_rows(run / "metrics.jsonl") if "train/lr" in row}
@@ -127,13 +127,13 @@ def test_what_only_says_where_is_taken_and_a_meant_change_too(folder, run, tmp_p
     assert former.name.startswith("until-step-00000010") and "lr: 0.01" in former.read_text()
 
 
-def test_damaged_checkpoints_are_passed_over_and_kept(folder, run):
+def test_damaged_checkpoints_are_passed_over_and_kept(train, folder, run):
     newest, older = (run / "checkpoints" / f"step-{step:08d}" for step in (10, 5))
     weights = bytearray((newest / "model-00001-of-00001.safetensors").read_bytes())
     weights[-7] ^= 4
     (newest / "model-00001-of-00001.safetensors").write_bytes(weights)
     (run / "checkpoints" / ".step-00000015.partial").mkdir()
-    done = train(folder, run)
+    done = train(run)
     assert done.code == 0, done.err
     assert "passed over .step-00000015.partial: half-written: it has no commit mark" in done.out
     assert "passed over step-00000010: model-00001-of-00001.safetensors is damaged: its SHA-256 is not that" in done.out
@@ -142,10 +142,10 @@ def test_damaged_checkpoints_are_passed_over_and_kept(folder, run):
     assert_same(run, folder / "whole")
 
 
-def test_from_a_named_checkpoint_into_another_folder_and_on_from_there(folder, tmp_path):
+def test_from_a_named_checkpoint_into_another_folder_and_on_from_there(command, train, folder, tmp_path):
     """The same command again goes on from its own checkpoints, not from the named one."""
     named = folder / "whole" / "checkpoints" / "step-00000005"
-    arguments = (folder, tmp_path / "run", f"train.resume={named}")
+    arguments = (tmp_path / "run", f"train.resume={named}")
     done = train(*arguments)
     assert done.code == 0 and f"resumed at step 5 from {named}" in done.out, done.err
     assert (
@@ -155,24 +155,24 @@ def test_from_a_named_checkpoint_into_another_folder_and_on_from_there(folder, t
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000020")
     again = train(*arguments)
     assert f"resumed at step 15 from {tmp_path}/run/checkpoints" in again.out, again.out + again.err
-    assert run_command("verify", tmp_path / "run").code == 0
+    assert command("verify", tmp_path / "run").code == 0
 
 
-def test_overwriting_begins_from_the_named_checkpoint_not_from_what_is_overwritten(folder, run):
+def test_overwriting_begins_from_the_named_checkpoint_not_from_what_is_overwritten(command, train, folder, run):
     named = folder / "whole" / "checkpoints" / "step-00000005"
-    refused = train(folder, run, f"train.resume={run / 'checkpoints' / 'step-00000005'}", "--overwrite")
+    refused = train(run, f"train.resume={run / 'checkpoints' / 'step-00000005'}", "--overwrite")
     assert refused.code == 2 and "--overwrite would delete" in refused.err
-    refused = train(folder, run, f"train.resume={named}", "optim.lr=0.5", "--overwrite")
+    refused = train(run, f"train.resume={named}", "optim.lr=0.5", "--overwrite")
     assert refused.code == 2 and "optim.lr: 0.01 -> 0.5" in refused.err and (run / "ledger.jsonl").exists()
-    done = train(folder, run, f"train.resume={named}", "--overwrite")
+    done = train(run, f"train.resume={named}", "--overwrite")
     assert done.code == 0 and f"resumed at step 5 from {named}" in done.out, done.err
     assert [row["event"] for row in read_rows(run / "ledger.jsonl")].count("start") == 1
-    assert run_command("verify", run).code == 0
+    assert command("verify", run).code == 0
 
 
-def test_killed_before_the_first_save_begins_again_in_its_folder(folder, run):
+def test_killed_before_the_first_save_begins_again_in_its_folder(train, folder, run):
     shutil.rmtree(run / "checkpoints")
-    done = train(folder, run)
+    done = train(run)
     assert done.code == 0 and "resumed" not in done.out, done.err
     assert_same(run, folder / "whole")
 
@@ -222,7 +222,7 @@ def test_a_wall_clock_limit(folder, tmp_path, slurm):
     assert time.monotonic() - began < 20
 
 
-def test_two_impatient_interrupts_leave_the_last_checkpoint_whole(folder, run):
+def test_two_impatient_interrupts_leave_the_last_checkpoint_whole(command, folder, run):
     """The second one may come in the midst of the save."""
 
     def twice(process):
@@ -236,5 +236,5 @@ def test_two_impatient_interrupts_leave_the_last_checkpoint_whole(folder, run):
     assert code in (75, 130) and "saved at step" in err
     assert (
         "passed over"
-        not in run_command("train", folder / "recipe.yaml", f"run_dir={run}", *overrides, "train.stop_after=10").out
+        not in command("train", folder / "recipe.yaml", f"run_dir={run}", *overrides, "train.stop_after=10").out
     )

@@ -53,8 +53,8 @@ def test_evaluations_fall_on_the_ends_of_epochs(trained):
     assert rows == sorted({0, *ends, 30})
 
 
-def test_the_record_repeats_the_run(trained, tmp_path):
-    done = run_command("train", trained / "run" / "config.yaml", f"run_dir={tmp_path / 'again'}")
+def test_the_record_repeats_the_run(command, trained, tmp_path):
+    done = command("train", trained / "run" / "config.yaml", f"run_dir={tmp_path / 'again'}")
     assert done.code == 0, done.err
     keys = ("step", "train/loss", "eval/loss", "train/grad_norm")
     first, again = (
@@ -94,8 +94,8 @@ def test_the_card_gives_the_measured_figures(trained):
     assert ModelCard(card).data.library_name == "transformers"
 
 
-def test_the_report_needs_no_network(trained, tmp_path):
-    done = run_command("report", trained / "run", "--output", tmp_path / "report.html")
+def test_the_report_needs_no_network(command, trained, tmp_path):
+    done = command("report", trained / "run", "--output", tmp_path / "report.html")
     assert done.code == 0, done.err
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 4
@@ -107,36 +107,36 @@ def test_the_report_needs_no_network(trained, tmp_path):
         assert curves, "a plot without a curve"
 
 
-def test_a_report_of_nothing(tmp_path):
-    done = run_command("report", tmp_path)
+def test_a_report_of_nothing(command, tmp_path):
+    done = command("report", tmp_path)
     assert done.code == 2 and "lacks config.yaml; give the folder of a run" in done.err
 
 
-def test_another_run_is_never_overwritten_unasked(trained, tmp_path):
+def test_another_run_is_never_overwritten_unasked(command, trained, tmp_path):
     before = {path: path.read_bytes() for path in (trained / "run").rglob("*") if path.is_file()}
-    again = run_command("train", trained / "recipe.yaml")
+    again = command("train", trained / "recipe.yaml")
     assert again.code == 0 and "run is finished; --overwrite trains it again" in again.out
-    never = run_command("train", trained / "recipe.yaml", "train.resume=never")
+    never = command("train", trained / "recipe.yaml", "train.resume=never")
     assert never.code == 2
     assert "holds another run" in never.err and "set another run_dir to keep both, or add --overwrite" in never.err
-    other = run_command("train", trained / "recipe.yaml", "optim.lr=0.5", "seed=7")
+    other = command("train", trained / "recipe.yaml", "optim.lr=0.5", "seed=7")
     assert other.code == 2 and "optim.lr: 0.01 -> 0.5, seed: 42 -> 7; set another run_dir to keep both" in other.err
     assert {path: path.read_bytes() for path in (trained / "run").rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow
-def test_overwrite_replaces_a_run_but_not_what_is_not_of_it(trained, tmp_path):
+def test_overwrite_replaces_a_run_but_not_what_is_not_of_it(command, trained, tmp_path):
     short = (trained / "recipe.yaml", f"run_dir={tmp_path / 'run'}", "train.max_steps=2")
-    assert run_command("train", *short).code == 0
-    assert run_command("train", *short, "--overwrite", "train.max_steps=1").code == 0
+    assert command("train", *short).code == 0
+    assert command("train", *short, "--overwrite", "train.max_steps=1").code == 0
     assert max(row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")) == 1
     (tmp_path / "run" / ".model.partial").mkdir()  # of an export that was killed
-    assert run_command("train", *short, "--overwrite").code == 0
+    assert command("train", *short, "--overwrite").code == 0
     assert not (tmp_path / "run" / ".model.partial").exists()
-    done = run_command("train", *short, "--overwrite", "model.type=null", f"model.name={tmp_path / 'run' / 'model'}")
+    done = command("train", *short, "--overwrite", "model.type=null", f"model.name={tmp_path / 'run' / 'model'}")
     assert done.code == 2 and "--overwrite would delete" in done.err
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    done = run_command("train", *short, "--overwrite")
+    done = command("train", *short, "--overwrite")
     assert done.code == 2 and "holds notes.txt, which is not of a run" in done.err
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
@@ -154,8 +154,8 @@ def test_overwrite_replaces_a_run_but_not_what_is_not_of_it(trained, tmp_path):
         (["model.config.n_embd=33"], "builds no gpt2: `embed_dim` must be divisible by num_heads"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(trained, tmp_path, overrides, needle):
-    done = run_command("train", trained / "recipe.yaml", f"run_dir={tmp_path / 'run'}", *overrides)
+def test_bad_input_is_refused_before_anything_is_written(command, trained, tmp_path, overrides, needle):
+    done = command("train", trained / "recipe.yaml", f"run_dir={tmp_path / 'run'}", *overrides)
     assert done.code == 2 and needle in done.err and "Traceback" not in done.err, done.err
     assert not (tmp_path / "run").exists()
 
@@ -202,8 +202,8 @@ def test_interrupting_the_other_commands(trained, tmp_path, command):
     assert not output.exists()
 
 
-def test_bf16_trains_and_keeps_single_precision_weights(trained, tmp_path):
-    done = run_command(
+def test_bf16_trains_and_keeps_single_precision_weights(command, trained, tmp_path):
+    done = command(
         "train",
         trained / "recipe.yaml",
         f"run_dir={tmp_path / 'run'}",
@@ -218,12 +218,12 @@ def test_bf16_trains_and_keeps_single_precision_weights(trained, tmp_path):
     assert evaluations[-1] < evaluations[0] - 0.5
 
 
-def test_a_model_by_folder_goes_on_from_its_weights(trained, tmp_path):
+def test_a_model_by_folder_goes_on_from_its_weights(command, trained, tmp_path):
     values = recipe_values(trained)
     values["run_dir"] = str(tmp_path / "run")
     values["model"] = {"name": str(trained / "run" / "model")}
     values["train"] = {"max_steps": 1, "global_batch_size": 12}
-    assert run_command("train", write_recipe(tmp_path / "r.yaml", values)).code == 0
+    assert command("train", write_recipe(tmp_path / "r.yaml", values)).code == 0
     first = read_rows(tmp_path / "run" / "metrics.jsonl")[0]
     last = [row for row in read_rows(trained / "run" / "metrics.jsonl") if "eval/loss" in row][-1]
     assert first["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-9)
@@ -251,7 +251,7 @@ def test_one_step_by_hand(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_evaluating_and_exporting_leave_training_alone(trained, tmp_path):
+def test_evaluating_and_exporting_leave_training_alone(command, trained, tmp_path):
     """In bf16 with dropout: looking at every step, or only at the end, the losses are the same to the last bit.
 
     Unwrapping a model for export can take its mixed precision away for good; sampling can move the generator.
@@ -266,7 +266,7 @@ def test_evaluating_and_exporting_leave_training_alone(trained, tmp_path):
             f"evaluate.every_steps={every}",
         ]
         overrides += ["model.config.resid_pdrop=0.2", "train.log_every=1"]
-        done = run_command("train", trained / "recipe.yaml", *overrides)
+        done = command("train", trained / "recipe.yaml", *overrides)
         assert done.code == 0, done.err
         losses.append([row["train/loss"] for row in read_rows(folder / "metrics.jsonl") if "train/loss" in row])
     assert losses[0] == losses[1] and len(losses[0]) == 8

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import BIN, ROOT, execute, prepare_recipe, run_command
+from conftest import ROOT, prepare_recipe, run_command
 
 pytestmark = pytest.mark.distributed
 
@@ -31,17 +31,21 @@ def recipe(tmp_path_factory):
     )
 
 
-def check(recipe, engine, *overrides, processes=2, broken=None):
-    script = Path(__file__).parent / "broken.py"
-    command = [BIN / "accelerate", "launch", "--config_file", ROOT / "accelerate_configs" / f"{engine}.yaml"]
-    command += ["--num_processes", processes, "--main_process_port", "0", script, "check", recipe, *overrides]
-    env = {"OMP_NUM_THREADS": "1", "CLM_DIST_ACCUMULATION": "3"}
-    return execute([*map(str, command)], env=env | ({"CLM_DIST_BREAK": broken} if broken else {}))
+@pytest.fixture
+def check(launch_warm):
+    """check(recipe, engine, *overrides, broken) -> how `clm-dist check` ended on two processes."""
+
+    def checked(recipe, engine, *overrides, broken=None):
+        script = Path(__file__).parent / "broken.py"
+        env = {"CLM_DIST_ACCUMULATION": "3"} | ({"CLM_DIST_BREAK": broken} if broken else {})
+        return launch_warm(2, "check", recipe, *overrides, script=script, env=env, config=engine)
+
+    return checked
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_launches_that_keep_their_promises(recipe, engine):
+def test_launches_that_keep_their_promises(check, recipe, engine):
     done = check(recipe, engine)
     assert done.code == 0, done.err
     assert "all promises kept over 3 steps" in done.out and "DIFFERS" not in done.out
@@ -50,7 +54,7 @@ def test_launches_that_keep_their_promises(recipe, engine):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["zero2", "fsdp2"])
-def test_a_parameter_that_gets_no_gradient(recipe, engine):
+def test_a_parameter_that_gets_no_gradient(check, recipe, engine):
     """XLNet has one for masked tokens, of which there are none here: ZeRO has moments for it, plain torch has not."""
     small = {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64, "dropout": 0.0}
     done = check(recipe, engine, "model.type=xlnet", f"model.config={small}", "train.isolate_documents=false")
@@ -60,7 +64,7 @@ def test_a_parameter_that_gets_no_gradient(recipe, engine):
 @pytest.mark.parametrize("precision", ["bf16"])
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 @pytest.mark.slow
-def test_low_precision_too(recipe, engine, precision):
+def test_low_precision_too(check, recipe, engine, precision):
     done = check(recipe, engine, f"train.mixed_precision={precision}", "train.activation_checkpointing=true")
     assert done.code == 0 and "all promises kept" in done.out, done.out + done.err
 
@@ -74,7 +78,7 @@ def test_one_process_without_a_launcher(recipe):
 @pytest.mark.parametrize(
     "engine", ["ddp", "zero3", *(pytest.param(one, marks=pytest.mark.soak) for one in ("zero1", "zero2"))]
 )
-def test_the_demo(tmp_path_factory, engine):
+def test_the_demo(check, tmp_path_factory, engine):
     """As it is shipped, dropout and all."""
     prepared = tmp_path_factory.getbasetemp() / "demo-prepared"
     overrides = [f"data.prepared_dir={prepared}"]
@@ -86,7 +90,7 @@ def test_the_demo(tmp_path_factory, engine):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
 @pytest.mark.parametrize("broken", BROKEN)
-def test_broken_promises_are_named(recipe, engine, broken):
+def test_broken_promises_are_named(check, recipe, engine, broken):
     done = check(recipe, engine, broken=broken)
     assert done.code != 0, done.out
     assert f"broken: {BROKEN[broken]} (step" in done.err, done.out + done.err

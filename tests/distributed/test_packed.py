@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import launch, prepare_recipe, read_rows
+from conftest import prepare_recipe, read_rows
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(launch_warm, tmp_path_factory):
     """run(world, mutant) -> rows of metrics and weights; each is launched once."""
     folder = tmp_path_factory.mktemp("packed")
     recipe = prepare_recipe(
@@ -37,7 +37,7 @@ def run(tmp_path_factory):
         env = {"CLM_DIST_RECORD": str(folder / f"record-{world}-{mutant}")}
         env |= {"CLM_DIST_MUTANT": mutant} if mutant else {}
         script = Path(__file__).parent / "recorded.py"
-        done = launch(world, "train", recipe, f"run_dir={where}", script=script, env=env)
+        done = launch_warm(world, "train", recipe, f"run_dir={where}", script=script, env=env)
         assert done.code == 0, done.err
         rows = read_rows(where / "metrics.jsonl")
         losses = [row["train/loss"] for row in rows if "train/loss" in row]

@@ -37,11 +37,6 @@ def cases(architectures, precisions=("no", "bf16")):
 
 
 @pytest.mark.slow
-def test_every_strategy_with_one_model(tmp_path):
-    check(tmp_path, 2, cases(["gpt2"], ["bf16"]))
-
-
-@pytest.mark.slow
 def test_five_architectures(tmp_path):
     check(tmp_path, 2, cases(TINY))
 

@@ -184,10 +184,13 @@ def last(run):
     return [row for row in read_rows(run / "ledger.jsonl") if row["event"] == "step"][-1]
 
 
-def interrupted_everywhere(folder, run, number, target):
-    """Sends a signal in each phase, one start after the other; every start goes on from where the last one left."""
+def interrupted_everywhere(folder, run, signals):
+    """Sends a signal in each phase, one start after the other; every start goes on from where the last one left.
+
+    signals: (target, number) for each phase.
+    """
     marker = run.with_suffix(".marker")
-    for place in PHASES:
+    for place, (target, number) in zip(PHASES, signals, strict=True):
         marker.unlink(missing_ok=True)
         env = {"CLM_DIST_FAULT": f"{place}:pause", "CLM_DIST_MARKER": str(marker)}
         start = Start(folder / "recipe.yaml", run, 2, env=env, script=FAULTY)
@@ -199,18 +202,20 @@ def interrupted_everywhere(folder, run, number, target):
     assert last_start.wait() == 0, last_start.log.read_text()
 
 
+SIGNALS = [(target, number) for number in (signal.SIGTERM, signal.SIGUSR1) for target in ("rank", "launcher", "all")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("target", "number"),
-    [
-        *(("rank", signal.SIGUSR1), ("launcher", signal.SIGTERM), ("all", signal.SIGTERM)),
-        pytest.param("rank", signal.SIGTERM, marks=pytest.mark.soak),
-        pytest.param("launcher", signal.SIGUSR1, marks=pytest.mark.soak),
-        pytest.param("all", signal.SIGUSR1, marks=pytest.mark.soak),
-    ],
-)
-def test_a_signal_in_every_phase(folder, tmp_path, target, number):
-    interrupted_everywhere(folder, tmp_path / "run", number, target)
+def test_a_signal_in_every_phase(folder, tmp_path):
+    """Six signals in six phases, each once; the soak suite sends each in all of them."""
+    interrupted_everywhere(folder, tmp_path / "run", SIGNALS)
+    assert compare(tmp_path / "run", folder / "reference") == []
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("target", "number"), SIGNALS)
+def test_each_signal_in_every_phase(folder, tmp_path, target, number):
+    interrupted_everywhere(folder, tmp_path / "run", [(target, number)] * len(PHASES))
     assert compare(tmp_path / "run", folder / "reference") == []
 
 
@@ -283,6 +288,8 @@ def test_three_processes_too_are_equal_to_the_last_bit(folder, tmp_path, mutant)
     assert (compare(*runs) == []) == (mutant == "none")
 
 
-@pytest.mark.parametrize("kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(25, marks=pytest.mark.soak)])
-def test_killed_at_random_moments(tmp_path, kills):
-    assert crash_test(tmp_path, kills=kills, processes=2, steps=400, signals=["KILL"], seed=11) == []
+@pytest.mark.parametrize(
+    ("kills", "steps"), [pytest.param(3, 150, marks=pytest.mark.slow), pytest.param(25, 400, marks=pytest.mark.soak)]
+)
+def test_killed_at_random_moments(tmp_path, kills, steps):
+    assert crash_test(tmp_path, kills=kills, processes=2, steps=steps, signals=["KILL"], seed=11) == []

@@ -56,7 +56,7 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(folder):
+def run(launch_warm, folder):
     """run(world, accumulation, mutant) -> Run; each is launched once."""
     script = Path(__file__).parent / "recorded.py"
 
@@ -69,7 +69,7 @@ def run(folder):
             env["CLM_DIST_MUTANT"] = mutant
         overrides = [f"run_dir={folder / f'run-{name}'}", f"train.micro_batch_size={micro_batch_size}"]
         overrides += [f"model.config.{place}_pdrop={dropout}" for place in ("attn", "embd", "resid")]
-        done = launch(world, "train", folder / "recipe.yaml", *overrides, script=script, env=env)
+        done = launch_warm(world, "train", folder / "recipe.yaml", *overrides, script=script, env=env)
         assert done.code == 0, done.err
         assert f"{world} processes x {micro_batch_size} sequences x {accumulation} accumulation" in done.out
         return Run(folder / f"run-{name}", folder / f"record-{name}")
@@ -134,7 +134,7 @@ def test_every_block_once_an_epoch_over_all_ranks(run, folder):
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_evaluation_of_the_same_weights(run, folder, world):
+def test_evaluation_of_the_same_weights(launch_warm, run, folder, world):
     """The command at another world size: equal to 1e-9, also when a rank has no block at all."""
     run(1, 1)
     model = folder / "run-1-1-None" / "model"
@@ -143,7 +143,7 @@ def test_evaluation_of_the_same_weights(run, folder, world):
         for processes in (1, world):
             output = folder / f"evaluation-{processes}-{world}-{micro_batch_size}.json"
             overrides = [f"evaluate.micro_batch_size={micro_batch_size}", "--output", output]
-            done = launch(processes, "evaluate", folder / "recipe.yaml", "--model", model, *overrides)
+            done = launch_warm(processes, "evaluate", folder / "recipe.yaml", "--model", model, *overrides)
             assert done.code == 0, done.err
             figures.append(json.loads(output.read_text()))
         alone, together = figures

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import launch, prepare_recipe, read_rows
+from conftest import prepare_recipe, read_rows
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.distributed
 
 SHORT, LONG = 8, 50  # steps
 MAX_NORM = 0.5
-TWO = ["ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2"]
-THREE = ["zero2", "fsdp2"]  # beside ZeRO-3
+TWO = ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
+SOAK = [("zero2_offload", 2), ("zero2", 3), ("fsdp2", 3)]
 
 
 class Run:
@@ -40,7 +40,7 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(launch_warm, tmp_path_factory):
     """run(config, processes, steps, mutant) -> Run; each is launched once. One process under ddp is the reference."""
     folder = tmp_path_factory.mktemp("zero")
     recipe = prepare_recipe(
@@ -61,7 +61,7 @@ def run(tmp_path_factory):
         env = {"CLM_DIST_RECORD": str(where.with_suffix(".record"))}
         env |= {"CLM_DIST_MUTANT": mutant} if mutant else {}
         script = Path(__file__).parent / "recorded.py" if mutant else None
-        done = launch(processes, "train", recipe, *settings, script=script, env=env, config=config)
+        done = launch_warm(processes, "train", recipe, *settings, script=script, env=env, config=config)
         assert done.code == 0, done.err
         assert f"{processes} processes x 2 sequences x {6 // processes} accumulation" in done.out
         return Run(where)
@@ -81,7 +81,7 @@ def assert_same(found, reference, steps):
     np.testing.assert_allclose(found.evaluations, reference.evaluations, rtol=1e-6)
 
 
-@pytest.mark.parametrize("config", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("config", ["zero2", pytest.param("zero3", marks=pytest.mark.soak)])
 def test_the_first_steps(run, config):
     assert_same(run(config, 2, SHORT), run("ddp", 1, SHORT), SHORT)
 
@@ -89,7 +89,7 @@ def test_the_first_steps(run, config):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "processes"),
-    [*((config, 2) for config in TWO), ("zero3", 3), *(pytest.param(one, 3, marks=pytest.mark.soak) for one in THREE)],
+    [*((config, 2) for config in TWO), ("zero3", 3), *(pytest.param(*case, marks=pytest.mark.soak) for case in SOAK)],
 )
 def test_shards_change_nothing(run, record_property, config, processes):
     found, reference = run(config, processes, LONG), run("ddp", 1, LONG)

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import launch, read_rows, run_command
+from conftest import read_rows, run_command
 from crash import Start, compare, crash_test, prepare, wait_for
 from test_recovery import FAULTY, last, reached
 
@@ -44,13 +44,13 @@ def test_stopped_by_a_signal(folder, tmp_path):
         *(pytest.param(*case, marks=pytest.mark.soak) for case in [("zero2", "rewind"), ("zero3", "skip")]),
     ],
 )
-def test_a_bad_number_of_one_rank(folder, tmp_path, config, action):
+def test_a_bad_number_of_one_rank(launch_warm, folder, tmp_path, config, action):
     """NaN in rank 1's second micro-batch of step 10: both ranks skip it, or both go back; each comes by itself to the same
     hash of what was consumed, and the run ends."""
     run = tmp_path / "run"
     env = {"CLM_DIST_FAULT": "loss:nan:1:28", "CLM_DIST_NOTES": str(tmp_path)}
     settings = [f"run_dir={run}", f"train.on_nonfinite={action}"]
-    done = launch(2, "train", folder / "recipe.yaml", *settings, script=FAULTY, env=env, config=config)
+    done = launch_warm(2, "train", folder / "recipe.yaml", *settings, script=FAULTY, env=env, config=config)
     assert done.code == 0, done.err
     assert f"step 10: the loss is nan (that of rank 1 of 2); {action}" in done.out
     first, second = ((tmp_path / f"rank-{rank}").read_text().splitlines() for rank in (0, 1))

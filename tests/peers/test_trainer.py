@@ -76,13 +76,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ours(folder):
+def ours(launch_warm, folder):
     """ours(name) -> (rows of training, final weights) of the real command; each name is trained once."""
 
     @functools.cache
     def run(name):
         (model, overrides, _), where = VARIANTS[name], folder / f"ours-{name}"
-        done = launch(1, "train", folder / f"{model}.yaml", f"run_dir={where}", *overrides)
+        done = launch_warm(1, "train", folder / f"{model}.yaml", f"run_dir={where}", *overrides)
         assert done.code == 0, done.err
         return [row for row in read_rows(where / "metrics.jsonl") if "train/loss" in row], weights(where)
 
