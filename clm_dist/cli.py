@@ -108,7 +108,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         takes_settings = target == "RECIPE"
         epilog = _settings_help() if takes_settings and asked_for_help else None
         sub = groups[group].add_parser(verb, help=summary, description=summary, epilog=epilog, **layout)
-        sub.add_argument(target.lower(), metavar=target, help=meaning)
+        if target:
+            sub.add_argument(target.lower(), metavar=target, help=meaning)
         if takes_settings:
             sub.add_argument("overrides", nargs="*", metavar="section.field=value", help="laid over the recipe")
         for option, settings in options.items():

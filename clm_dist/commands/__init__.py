@@ -1,5 +1,6 @@
 """What each command does, in terms of the wings: one function each, found by the command's name."""
 
+from clm_dist.commands.architectures import architectures
 from clm_dist.commands.cluster import status, submit
 from clm_dist.commands.data import data_inspect, data_verify, prepare
 from clm_dist.commands.pushing import push
@@ -8,6 +9,6 @@ from clm_dist.commands.sync import sync
 from clm_dist.commands.training import check, plan, replay, train
 
 __all__ = [
-    "check", "data_inspect", "data_verify", "evaluate", "generate", "plan", "prepare", "push", "replay", "report", "status",
-    "submit", "sync", "train", "verify",
+    "architectures", "check", "data_inspect", "data_verify", "evaluate", "generate", "plan", "prepare", "push", "replay",
+    "report", "status", "submit", "sync", "train", "verify",
 ]  # fmt: skip

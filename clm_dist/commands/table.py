@@ -16,6 +16,7 @@ DESCRIPTION = """Train causal language models on many processes: exact order, ex
   clm-dist verify   RUN      whether every block was seen as planned, over all restarts; where the time went
   clm-dist replay   RUN STEP a step whose loss or gradient was bad, again
   clm-dist generate MODEL    text from a model folder or Hub id
+  clm-dist architectures     what was proved of each architecture, and what the causal-LM guide does not say
   clm-dist report   RUN      one HTML page of a run
   clm-dist sync     RUN      to dashboards what has not arrived there, from any machine with a route
   clm-dist push     RUN      its model to the Hugging Face Hub: what training could not, or any time later
@@ -159,6 +160,18 @@ COMMANDS: dict[str, tuple[str, str, str, dict[str, dict[str, Any]]]] = {
             },
         },
     ),
+    "architectures": (
+        *("what was proved of each architecture, with which version of transformers", "", ""),
+        {
+            "type": {
+                "nargs": "?",
+                "metavar": "TYPE",
+                "help": "everything of this one, e.g. bert (default: all, a line each)",
+            },
+            "--json": {"action": "store_true", "help": "everything as JSON"},
+            "--markdown": {"action": "store_true", "help": "the tables of docs/architectures.md"},
+        },
+    ),
     "generate": (
         *("text from a model", "MODEL", "model folder or Hub id"),
         {
@@ -214,6 +227,7 @@ INTERRUPTED = {
     "status": "nothing was written",
     "verify": "nothing was written",
     "evaluate": "nothing was written",
+    "architectures": "nothing was written",
     "generate": "texts finished before are kept",
     "report": "nothing was written",
     "push": "what waits is kept, and the same command goes on with it",

@@ -260,7 +260,13 @@ LATER = (
         tied=NEITHER,
         sizes=lambda s: {"num_heads": 2 * s.heads, "n_groups": 1, "state_size": 16, "chunk_size": 64},
     ),
-    _modern("Jamba", "jamba", positions="recurrent", scratch={"use_mamba_kernels": False}),
+    _modern(
+        "Jamba",
+        "jamba",
+        positions="recurrent",
+        scratch={"use_mamba_kernels": False},
+        sizes=lambda s: {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+    ),
 )
 
 BY_TYPE = {row.type: row for row in (*GUIDE, *LATER)}

@@ -1,6 +1,6 @@
 """Trains one architecture after another in one group of processes, by the real `train`, and writes down what held.
 
-    worker.py FOLDER KIND TYPE ...      KIND: ddp, zero2, zero3 (what it was launched with)
+    worker.py FOLDER KIND TYPE ...      KIND: ddp, zero2, zero3 (what it was launched with); ddp+ looks at more
 
 FOLDER holds prepared data; FOLDER/results-KIND/TYPE.json is what came out, a cell for each promise: "yes", or why not.
 """
@@ -20,13 +20,16 @@ from accelerate.state import AcceleratorState, GradientState
 import clm_dist.training.train as training
 from clm_dist import recipe
 from clm_dist.errors import UserError
+from clm_dist.training import publishing
 from clm_dist.watch.watch import Watch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cells
 
 STEPS = 30
+RESUMED = ("gpt2", "llama", "phi", "mixtral", "mamba", "rwkv", "bert", "bart", "transfo-xl")  # under ZeRO: of each kind
 FOLDER, KIND, *TYPES = sys.argv[1:]
+KIND, LONGER = KIND.rstrip("+"), KIND.endswith("+")
 RANK = int(os.environ.get("RANK", "0"))
 
 
@@ -45,7 +48,7 @@ def values(type_: str, run: Path, **train) -> dict:
         "optim": {"lr": 5e-3},
         "train": {"max_steps": STEPS, "global_batch_size": 8, "log_every": 5, "mixed_precision": "no", **train},
         "checkpoint": {"save_every": STEPS // 2, "asynchronous": False},
-        "evaluate": {"micro_batch_size": 8},
+        "evaluate": {"micro_batch_size": 8, "every_steps": STEPS},
         "generate": {"prompts": ["the cat"], "max_new_tokens": 6, "do_sample": False},
     }
 
@@ -71,14 +74,15 @@ def case(type_: str) -> dict[str, str]:
     config = train(type_, run)
     found = {"trained": "yes"}
     before, *_, after = rows(config, "eval/loss")
-    found["loss falls"] = "yes" if after < before - 0.3 else f"no: {before:.3f} to {after:.3f} nats a token"
-    resumed = Path(FOLDER, KIND, f"{type_}-resumed")
-    train(type_, resumed, resume=str(run / "checkpoints" / f"step-{STEPS // 2:08d}"))
+    found["loss falls"] = "yes" if after < before - 0.1 else f"no: {before:.3f} to {after:.3f} nats a token"
+    if KIND == "ddp" or type_ in RESUMED:
+        resumed = Path(FOLDER, KIND, f"{type_}-resumed")
+        train(type_, resumed, resume=str(run / "checkpoints" / f"step-{STEPS // 2:08d}"))
+        found["resume exact"] = cells.same_weights(run / "model", resumed / "model") if RANK == 0 else ""
     if RANK == 0:
-        found["resume exact"] = cells.same_weights(run / "model", resumed / "model")
         found |= cells.of_the_run(config, before, after)
         if KIND == "ddp":
-            found |= cells.of_the_model(config)
+            found |= cells.of_the_model(config, LONGER)
     return found
 
 
@@ -87,6 +91,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     training.finish = lambda accelerator: accelerator.wait_for_everyone()  # the group is needed again
+    publishing.pages = lambda *_: {}  # the card's picture takes as long as the training
     results = Path(FOLDER, f"results-{KIND}")
     results.mkdir(exist_ok=True)
     for type_ in TYPES:

@@ -1,0 +1,44 @@
+"""Every architecture that lives in this environment, trained by two processes; against what is recorded of it."""
+
+import pytest
+from suite import HERE, KINDS, one_verdict, prepare_data, run
+
+from clm_dist.model import matrix, transformers_versions
+
+pytestmark = pytest.mark.architectures
+# no architecture is let through with less
+MUST = ("trained", "causal", "loss falls", "our loss", "round trip", "resume exact", "gradients")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("architectures")
+    prepare_data(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """The cells of all, from one launch."""
+    return run(folder, "ddp", HERE)
+
+
+@pytest.mark.parametrize("type_", HERE)
+def test_it_is_trained_and_proved(trained, type_):
+    """What counts holds, and every cell is what docs/architectures.md says."""
+    cells = trained[type_]
+    assert {name: cells.get(name) for name in MUST} == dict.fromkeys(MUST, "yes")
+    assert cells["generate"].startswith("yes")
+    recorded = matrix.recorded(transformers_versions.MAJOR)["rows"][type_]
+    assert {name: one for name, one in cells.items() if name != "seconds"} == {
+        name: recorded[name] for name in cells if name != "seconds"
+    }
+
+
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_one_of_each_kind_under_zero(folder, kind):
+    types = [one for one in KINDS if one in HERE]
+    found = {type_: one_verdict(cells) for type_, cells in run(folder, kind, types).items()}
+    recorded = matrix.recorded(transformers_versions.MAJOR)["rows"]
+    assert found == {type_: recorded[type_][kind] for type_ in types}
+    assert all(verdict == "yes" for verdict in found.values()), found
