@@ -1,15 +1,17 @@
 """The table of architectures, their configurations and presets, and what is refused."""
 
+import json
 import re
 
 import pytest
 import torch
 import transformers
+from conftest import ROOT
 from transformers import BertConfig, BertLMHeadModel
 
 from clm_dist.config import ModelConfig
 from clm_dist.errors import ConfigError, UserError
-from clm_dist.model import transformers_versions
+from clm_dist.model import matrix, transformers_versions
 from clm_dist.model.architectures import BOTH_WRONG, FUTURE, GUIDE, IDENTITY, LATER, NEXT_TOKEN, NOTHING
 from clm_dist.model.build import build_model, checkpoint_activations, load_model
 from clm_dist.model.configuration import load_configuration, model_configuration, told
@@ -196,3 +198,50 @@ def test_translators_do_not_force_their_last_token():
     generation = build_model(config, model_configuration(config, IDS), 0).generation_config
     assert generation.forced_eos_token_id is None and generation.num_beams in (None, 1)
     assert transformers.BartConfig().forced_eos_token_id == 2 or transformers_versions.MAJOR >= 5
+
+
+def test_the_page_is_what_is_recorded():
+    """docs/architectures.md is generated: `python tests/architectures/suite.py page` writes it anew."""
+    text = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    begin, end = "<!-- by: clm-dist architectures --markdown -->\n", "\n<!-- end -->"
+    assert text[text.index(begin) + len(begin) : text.index(end)] == matrix.markdown()
+
+
+def test_every_architecture_is_recorded_with_the_pinned_versions():
+    """Of each version of transformers: every row, every cell that each can have."""
+    for major, constraints in ((5, "constraints.txt"), (4, "constraints-legacy.txt")):
+        recorded = matrix.recorded(major)
+        pinned = (ROOT / constraints).read_text()
+        assert all(f"{name}=={version}" in pinned for name, version in recorded["versions"].items())
+        for proof in matrix.proofs(major):
+            assert set(matrix.CELLS) <= set(proof.cells), proof.row.type
+            assert proof.cells["trained"] == proof.cells["causal"] == proof.cells["our loss"] == "yes", proof.row.type
+
+
+def test_what_the_page_says_of_bert_and_bart_happens():
+    """Its ten lines, run."""
+    import contextlib
+    import io
+
+    text = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exec(code, {})
+    bart, bert = (float(one) for one in re.findall(r"loss (\d\.\d\d)", said.getvalue()))
+    assert bart < 0.01 and bert < 0.5
+
+
+def test_the_command_shows_what_is_recorded(capsys):
+    from clm_dist.cli import main
+
+    assert main(["architectures"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(GUIDE) + len(LATER)
+    assert any(line.startswith("mega ") and " gone " in line for line in lines)
+    assert main(["architectures", "bert"]) == 0
+    out = capsys.readouterr().out
+    assert "here it is given is_decoder=true, add_cross_attention=false" in out and "transformers 4.57" in out
+    assert main(["architectures", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["proved"]["transformers-5"]["rows"]["bert"]["trained"] == "yes"
+    assert main(["architectures", "bart_"]) == 2
+    assert "did you mean bart?" in capsys.readouterr().err

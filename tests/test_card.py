@@ -5,6 +5,8 @@ from conftest import recipe_values
 from huggingface_hub import ModelCard
 
 from clm_dist import recipe
+from clm_dist.config import ModelConfig
+from clm_dist.model.configuration import away_from_home, model_configuration
 from clm_dist.publish.card import launch_line, model_card, public_values
 from clm_dist.publish.footprint import energy, training_hours, watts
 
@@ -19,6 +21,7 @@ FIGURES = {
     "parameters": 12345,
     "tokens_seen": 3840,
     "engine": "DDP",
+    "away": [],
 }
 ENVIRONMENT = {
     "device": "NVIDIA H100 80GB HBM3",
@@ -115,3 +118,12 @@ def test_no_place_of_the_machine_in_a_public_recipe():
         "data": {"source": ["a.txt", "b/c.txt", "owner/name"]},
         "seed": 1,
     }
+
+
+def test_it_says_what_transformers_alone_computes_otherwise(config):
+    """ProphetNet's code is mended in training; the card shows no `pipeline` that would run the library's."""
+    built = model_configuration(ModelConfig(type="prophetnet", preset="tiny"), {"vocab_size": 60})
+    text = card(config, away=away_from_home(built))
+    assert "The code of transformers for ProphetNet was mended in training" in text and "pipeline(" not in text
+    assert away_from_home(model_configuration(ModelConfig(type="gpt2", preset="tiny"), {"vocab_size": 60})) == []
+    assert "pipeline(" in card(config)

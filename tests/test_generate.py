@@ -9,7 +9,7 @@ from clm_dist.config import GenerateConfig
 from clm_dist.data.tokenize import load_tokenizer
 from clm_dist.errors import UserError
 from clm_dist.model.build import load_model
-from clm_dist.model.generate import generate, prompt_ids, saved_settings
+from clm_dist.model.generate import _likely, by_passes, generate, prompt_ids, saved_settings
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +88,39 @@ def test_bad_input(command, trained, arguments, needle):
     model = str(trained / "run" / "model")
     done = command("generate", *[model if argument == "MODEL" else argument for argument in arguments])
     assert done.code == 2 and needle in done.err and "Traceback" not in done.err, done.err
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"top_k": 5, "top_p": 1.0}, {"top_k": 0, "top_p": 0.6}, {"top_k": 50, "top_p": 0.95}]
+)
+def test_text_by_whole_passes_is_drawn_from_what_transformers_would_draw_from(model, sampling):
+    """The same tokens are left, with the same probabilities."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    settings = GenerateConfig(temperature=0.7, **sampling)
+    logits = model(torch.arange(12)[None]).logits[:, -1].float().detach()
+    theirs = TemperatureLogitsWarper(0.7)(None, logits.clone())
+    theirs = TopKLogitsWarper(sampling["top_k"])(None, theirs) if sampling["top_k"] else theirs
+    theirs = TopPLogitsWarper(sampling["top_p"])(None, theirs)
+    ours = _likely(logits / settings.temperature, settings)
+    assert torch.equal(ours.isinf(), theirs.isinf()) and not ours.isinf().all()
+    torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1))
+
+
+def test_whole_passes_and_a_cache_find_the_same_text(model):
+    """And end at the end of text, unless the other ranks have to go on."""
+    settings = GenerateConfig(do_sample=False, max_new_tokens=6)
+    ids = torch.tensor([[5, 6, 7]])
+    cached = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=None
+    )
+    found = by_passes(model, ids, settings, None)
+    assert found.tolist() == cached.tolist()
+    last = found[0, 4].item()
+    passes = []
+    handle = model.register_forward_hook(lambda *_: passes.append(1))
+    assert by_passes(model, ids, settings, last).tolist() == found[:, : found[0].tolist().index(last) + 1].tolist()
+    alone, _ = len(passes), passes.clear()
+    together = by_passes(model, ids, settings, last, together=True)
+    assert together.tolist() == found[:, : found[0].tolist().index(last) + 1].tolist() and len(passes) == 6 > alone
+    handle.remove()

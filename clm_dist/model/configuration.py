@@ -75,6 +75,26 @@ def told(built: Any) -> str | None:
     return f"{row.name} as a left-to-right language model: {settings} (docs/architectures.md)"
 
 
+def away_from_home(built: Any) -> list[str]:
+    """What whoever loads an exported model without this package has to know, in sentences."""
+    row = row_of(built)
+    if row is None:
+        return []
+    said = []
+    if row.classes is not None:
+        said.append(f"AutoModelForCausalLM does not load it; transformers.{row.classes[1]}.from_pretrained does.")
+    if row.repair is not None:
+        said.append(
+            f"The code of transformers for {row.name} was mended in training and computes otherwise as it comes: load it by "
+            "clm_dist.model.build.load_model."
+        )
+    if not row.generates:
+        said.append(
+            f"transformers' own `generate` does not say what this {row.name} predicts; `clm-dist generate` of its folder does."
+        )
+    return said
+
+
 def load_configuration(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The configuration of a folder or Hub id, told to be a left-to-right model; UserError where there is none."""
     from transformers import AutoConfig, PretrainedConfig

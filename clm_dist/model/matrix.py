@@ -101,7 +101,7 @@ def details(type_: str) -> list[str]:
 
 def markdown() -> str:
     """The tables of docs/architectures.md: a row for each architecture, and beneath them why a cell is no yes."""
-    parts = []
+    parts = ["", *(f"- **{cell}**: {meaning}" for cell, meaning in CELLS.items()), ""]
     for major in MAJORS:
         found = recorded(major)
         versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())

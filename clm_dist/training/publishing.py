@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from clm_dist.config import Config
 from clm_dist.hub import commit_of
 from clm_dist.ledger.ledger import first_chain
+from clm_dist.model.configuration import away_from_home
 from clm_dist.publish.card import model_card
 from clm_dist.publish.hub import git_oid
 from clm_dist.publish.hub_check import announcement, check_push
@@ -59,7 +60,8 @@ def pages(
     model = config.model
     base = commit_of(model.name, model.revision, "config.json") if model.name else None
     environment = run_folder.environment(accelerator)
-    card = model_card(config, {**measured, **facts}, environment, prepared, rows, base).encode()
+    shown = {**measured, **facts, "away": away_from_home(job.model_configuration)}
+    card = model_card(config, shown, environment, prepared, rows, base).encode()
     identity = {"run": (first_chain(run / "ledger.jsonl") or "")[:RUN_ID], "learned": state.consumed}
     facts = {**identity, **facts, "metrics": measured, "card": git_oid(card)}
     return {
