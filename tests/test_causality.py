@@ -217,3 +217,12 @@ def test_noise_of_experts_is_no_leak():
     check_causality(model, 48, "it", next_token_nll)
     model.forward = lambda input_ids, **options: forward(input_ids=input_ids, **options)
     assert BY_TYPE["mixtral"].type == "mixtral"
+
+
+@pytest.mark.parametrize("type_", ["helium", "nemotron", "olmo", "exaone4", "glm", "recurrent_gemma", "qwen2_moe"])
+def test_architectures_without_a_row_go_through_the_same_door(type_):
+    """By transformers' name, with a preset's sizes, proved like the others."""
+    assert type_ not in BY_TYPE
+    model = model_of(type_)
+    check_causality(model, 48, type_, next_token_nll)
+    assert sum(one.numel() for one in model.parameters()) < 1e6

@@ -90,7 +90,7 @@ def away_from_home(built: Any) -> list[str]:
         )
     if not row.generates:
         said.append(
-            f"transformers' own `generate` does not say what this {row.name} predicts; `clm-dist generate` of its folder does."
+            f"transformers' own `generate` does not say what a {row.name} predicts; `clm-dist generate` of its folder does."
         )
     return said
 

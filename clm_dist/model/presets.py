@@ -36,8 +36,8 @@ def preset_settings(preset: str, plain: Any, row: Architecture | None) -> dict[s
         name: getattr(size, what) for what, names in _NAMES.items() for name in names if _is_size(has.get(name))
     }
     settings |= {name: size.inner for name in ("intermediate_size", "n_inner") if name in has and has[name] is None}
-    if _is_size(has.get(_KEY_VALUE_HEADS)):  # two queries share a key where several do
-        shared = has[_KEY_VALUE_HEADS] < (plain.num_attention_heads or 0)
+    if _KEY_VALUE_HEADS in has:  # two queries share a key where several do
+        shared = _is_size(has[_KEY_VALUE_HEADS]) and has[_KEY_VALUE_HEADS] < plain.num_attention_heads
         settings[_KEY_VALUE_HEADS] = size.heads // 2 if shared else size.heads
     settings |= _of_experts(has, size)
     return settings | (row.sizes(size) if row else {})

@@ -29,8 +29,8 @@ def model_card(
 ) -> str:
     """README.md of an exported folder; curves.png is expected beside it.
 
-    figures: metrics of the evaluation, `step`, `arithmetic`, `parameters`, `tokens_seen`, `engine`; `away`: sentences for who
-    loads it without this package. environment:
+    figures: metrics of the evaluation, `step`, `arithmetic`, `parameters`, `tokens_seen`, `engine`; `away`: sentences for
+    who loads it without this package. environment:
     environment.json. prepared: `tokenizer`, `hub_ids`, `train` and `eval` counts of the data manifest. rows: of
     metrics.jsonl. base_commit: that of the base model on the Hub.
     """
