@@ -4,14 +4,17 @@ VENV := .venv
 # two files at a time; a test that computes, computes on one core, for its neighbour has the other
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
+# a second environment, with transformers 4.57: architectures that have left transformers 5
+LEGACY := .venv-legacy
+PIP_LEGACY := $(LEGACY)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints-legacy.txt
 
-.PHONY: demo test check test-slow test-soak test-outside test-cluster bench clean
+.PHONY: demo test check test-slow test-soak test-outside test-cluster test-architectures test-legacy bench clean
 
 demo: $(VENV)/.installed  ## prepare, train with two processes, evaluate, generate, report
 	@bash launch/demo.sh
 
 test: $(VENV)/.installed-dev check  ## lint, types, and the tests that fit into a quarter of an hour
-	$(PYTEST) -m "not slow and not soak and not cluster and not outside"
+	$(PYTEST) -m "not slow and not soak and not cluster and not outside and not architectures"
 
 check: $(VENV)/.installed-dev  ## ruff, mypy, shellcheck
 	$(VENV)/bin/ruff check .
@@ -31,6 +34,12 @@ test-outside: $(VENV)/.installed-dev  ## trackers and pushes over kills, hangs a
 test-cluster: $(VENV)/.installed-dev  ## jobs on a real Slurm of two nodes, started on this machine; needs root and Debian
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m cluster tests/cluster
 
+test-architectures: $(VENV)/.installed-dev  ## every architecture of the guide that transformers 5 has, by two processes
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m architectures tests/architectures
+
+test-legacy: $(LEGACY)/.installed  ## the same with transformers 4.57, which has those that left
+	OMP_NUM_THREADS=1 $(LEGACY)/bin/python -m pytest -m architectures tests/architectures
+
 bench: $(VENV)/.installed-peers  ## ours and the peer in one run; results go to benchmarks/results/
 	$(VENV)/bin/python benchmarks/training.py
 	$(VENV)/bin/python benchmarks/prepare.py
@@ -48,12 +57,22 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable ".[fast,dev,tensorboard,wandb,deepspeed]"
+	$(PIP) --editable ".[fast,dev,tensorboard,wandb,deepspeed,lora]"
 	@touch $@
 
 $(VENV)/.installed-peers: $(VENV)/.installed-dev
-	$(PIP) --editable ".[fast,dev,tensorboard,wandb,deepspeed,peers]"
+	$(PIP) --editable ".[fast,dev,tensorboard,wandb,deepspeed,lora,peers]"
 	@touch $@
 
-clean:  ## the environment only; runs and prepared data are yours
-	rm -rf $(VENV)
+$(LEGACY)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "needs Python 3.11 or later: make PYTHON=/path/to/python3"; exit 2; }
+	$(PYTHON) -m venv $(LEGACY)
+
+$(LEGACY)/.installed: $(LEGACY)/bin/python pyproject.toml constraints-legacy.txt
+	@echo "installing transformers 4.57 and all beside it into $(LEGACY) (two or three minutes) ..."
+	$(PIP_LEGACY) --editable ".[fast,dev,tensorboard,wandb,deepspeed,lora,legacy]"
+	$(PIP_LEGACY) --no-deps pytorch-quantization
+	@touch $@
+
+clean:  ## the environments only; runs and prepared data are yours
+	rm -rf $(VENV) $(LEGACY)

@@ -1,7 +1,7 @@
 """The Hugging Face Hub by name: which commit a name means now, and what its refusals mean. Imports nothing on import."""
 
 import os
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from clm_dist.errors import UserError
 Kind = Literal["model", "dataset"]
 CALLED = {"model": "model", "dataset": "data set"}
 TIMEOUT = 10  # seconds that the Hub may be silent when it is only asked for a commit
+CONNECTIONS = ("httpx", "urllib3")  # whose errors are of a connection: under huggingface_hub 2, and under 0.36
 
 
 def resolve(kind: Kind, name: str, revision: str | None = None) -> str | None:
@@ -62,15 +63,47 @@ def commit_of(name: str, revision: str | None, file: str) -> str | None:
 
 def is_unreachable(error: BaseException) -> bool:
     """Whether nobody answered: no route, no name, a refusal of the connection, silence."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     chain = _chain(error)
-    if any(isinstance(one, (HfHubHTTPError, OfflineModeIsEnabled)) for one in chain):
+    if _answers(chain) or any(isinstance(one, OfflineModeIsEnabled) for one in chain):
         return False
     return any(
-        isinstance(one, (ConnectionError, TimeoutError)) or type(one).__module__.split(".")[0].startswith("httpx")
+        isinstance(one, (ConnectionError, TimeoutError)) or type(one).__module__.split(".")[0].startswith(CONNECTIONS)
         for one in chain
     )
+
+
+def status_of(error: BaseException) -> int | None:
+    """The status with which the Hub refused; None where it did not answer, or none is told."""
+    answers = _answers([error])
+    return answers[-1] if answers else None
+
+
+def limit_silence(seconds: float) -> None:
+    """Makes calls of huggingface_hub fail that get no answer: by default most of them wait for ever."""
+    import huggingface_hub
+
+    client: Any = huggingface_hub.get_session()
+    if hasattr(huggingface_hub, "set_client_factory"):  # httpx
+        kind, hooks = type(client), client.event_hooks
+        huggingface_hub.set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=seconds))
+    else:  # huggingface_hub 0.36: requests, of which only what sends knows a default
+        huggingface_hub.configure_http_backend(lambda: _impatient(client, seconds))
+
+
+def _impatient(client: Any, seconds: float) -> Any:
+    """A session of requests as `client`, that waits so long unless a call says how long."""
+    session = type(client)()
+    for start, sender in client.adapters.items():
+        adapter = type(sender)()
+        adapter.send = partial(_send, adapter.send, seconds)
+        session.mount(start, adapter)
+    return session
+
+
+def _send(send: Any, seconds: float, request: Any, *, timeout: Any = None, **options: Any) -> Any:
+    return send(request, timeout=seconds if timeout is None else timeout, **options)
 
 
 def explain(error: BaseException, kind: Kind, name: str, revision: str | None = None) -> str | None:
@@ -86,8 +119,7 @@ def explain(error: BaseException, kind: Kind, name: str, revision: str | None = 
     def met(*kinds: type[BaseException]) -> bool:
         return any(isinstance(one, kinds) for one in chain)
 
-    statuses = [one.response.status_code for one in chain if isinstance(one, errors.HfHubHTTPError)]
-    status = statuses[-1] if statuses else None
+    status = (_answers(chain) or [None])[-1]
     if met(errors.HFValidationError):
         return f"there is no folder {name}, and a name on the Hub is written owner/name; check the path"
     if met(errors.GatedRepoError) or "is a gated dataset" in str(error):  # `datasets` hides the former
@@ -100,7 +132,7 @@ def explain(error: BaseException, kind: Kind, name: str, revision: str | None = 
             "and your token (HF_TOKEN) may not see it" if _has_token() else "or it is private and HF_TOKEN is not set"
         )
         return f"the Hub shows no {what} ({status}): there is none, {known}; check the name and the token"
-    if met(errors.RemoteEntryNotFoundError):
+    if met(errors.EntryNotFoundError) and not met(errors.LocalEntryNotFoundError):
         return f"the {what} lacks a file that is needed ({_first_line(error)}); check that it is whole"
     if status == 401:
         return f"the Hub refuses the token (401) for the {what}: wrong or expired; set HF_TOKEN to a valid one"
@@ -140,6 +172,14 @@ def _chain(error: BaseException) -> list[BaseException]:
         found.append(one)
         one = one.__cause__ or one.__context__
     return found
+
+
+def _answers(chain: list[BaseException]) -> list[int]:
+    """The statuses of the Hub's refusals. huggingface_hub 0.36 has errors of that kind without an answer, too."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    answers = [getattr(one, "response", None) for one in chain if isinstance(one, HfHubHTTPError)]
+    return [answer.status_code for answer in answers if answer is not None]
 
 
 def _first_line(error: BaseException) -> str:

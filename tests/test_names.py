@@ -36,7 +36,7 @@ def folders(tmp_path_factory):
 def hub(monkeypatch, tmp_path, folders):
     """The libraries of this process talk to it, with an empty cache and no token."""
     import datasets
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
@@ -59,6 +59,7 @@ def hub(monkeypatch, tmp_path, folders):
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # 0.36 copies it
         names._resolve.cache_clear()
         yield hub
 

@@ -56,7 +56,7 @@ def run(tmp_path, monkeypatch):
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub with nothing on it, which the client in this process talks to, with a token that may write."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -67,6 +67,7 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # 0.36 copies it
         yield hub
     assert set(hub.unknown) <= {"/api/agent-harnesses"}  # huggingface_hub does without
 

@@ -77,18 +77,34 @@ def test_local_sh_says_how_to_use_it():
     assert done.returncode == 2 and "Usage: launch/local.sh RECIPE" in done.stderr
 
 
-def test_every_dependency_is_pinned_for_the_two_commands():
+# what an environment does without: trackio needs a newer huggingface_hub than transformers 4.57 takes
+CONSTRAINTS = {"constraints.txt": set(), "constraints-legacy.txt": {"trackio"}}
+
+
+@pytest.mark.parametrize(("file", "without"), CONSTRAINTS.items(), ids=list(CONSTRAINTS))
+def test_every_dependency_is_pinned(file, without):
     project = (ROOT / "pyproject.toml").read_text()
-    names = {name.lower().replace("_", "-") for name in re.findall(r'"([A-Za-z][\w-]*)>=[\d.]+(?:,<[\d.]+)?"', project)}
+    names = {plain(name) for name in re.findall(r'"([A-Za-z][\w-]*)>=[\d.]+(?:,[<!][\d.=*]+)*"', project)}
+    assert {"torch", "transformers", "huggingface-hub", "peft", "lm-eval"} <= names
     names |= {"types-pyyaml", "types-tqdm"}
     names.discard("setuptools")
-    pins = {
-        line.split("==")[0].lower().replace("_", "-")
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if "==" in line and not line.startswith("#")
-    }
-    assert names <= pins, names - pins
-    assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text()
+    text = (ROOT / file).read_text()
+    pins = {plain(line.split("==")[0]) for line in text.splitlines() if "==" in line and not line.startswith("#")}
+    assert names - pins == without
+    assert "torch==2.13.0" in text
+
+
+def plain(name):
+    return name.lower().replace("_", "-")
+
+
+def test_the_two_environments_differ_in_what_transformers_takes_and_in_nothing_else():
+    shared, legacy = (
+        dict(line.split("==") for line in (ROOT / file).read_text().splitlines() if re.match(r"\w[\w.-]*==", line))
+        for file in CONSTRAINTS
+    )
+    differ = {name for name in shared.keys() & legacy.keys() if shared[name] != legacy[name]}
+    assert differ == {"transformers", "tokenizers", "huggingface_hub", "datasets", "fsspec"}
 
 
 def test_templates_are_packaged():

@@ -1,7 +1,10 @@
 """What differs between the two versions of transformers that are supported, 4.57 and 5, in one place."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from typing import Any
+from unittest.mock import patch
 
 from clm_dist.model.architectures import FOUR, Architecture
 
@@ -30,3 +33,37 @@ def named(name: str) -> Any:
 def rope_field() -> str:
     """The setting by which rotary positions are scaled."""
     return "rope_parameters" if MAJOR >= 5 else "rope_scaling"
+
+
+@contextmanager
+def without_looking_at_values() -> Iterator[None]:
+    """For tensors without contents: nothing of transformers asks what ids, masks and positions hold.
+
+    5 looks at positions whether several documents share a row, and makes a T x T mask where it cannot see it; in training
+    it sees that none do, and leaves the mask to the attention kernel. 4.57 makes the mask always; it looks for padding
+    among the ids, to warn of it, and whether a mask masks anything: one that is all ones counts as none.
+    """
+    with ExitStack() as stack:
+        for target, name, instead in _lookers():
+            stack.enter_context(patch.object(target, name, instead))
+        yield
+
+
+def _lookers() -> Iterator[tuple[Any, str, Any]]:
+    """What looks at values, and what stands for it."""
+    if MAJOR >= 5:
+        from transformers import masking_utils
+
+        if hasattr(masking_utils, "find_packed_sequence_indices"):
+            yield masking_utils, "find_packed_sequence_indices", lambda position_ids: None
+        return
+    from transformers import PreTrainedModel
+    from transformers.modeling_attn_mask_utils import AttentionMaskConverter
+
+    may_leave_out = AttentionMaskConverter._ignore_causal_mask_sdpa
+    yield PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda *_: None
+    yield (
+        AttentionMaskConverter,
+        "_ignore_causal_mask_sdpa",
+        lambda attention_mask, *sizes, **options: may_leave_out(None, *sizes, **options),
+    )

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from clm_dist.model.loss import next_token_nll
+from clm_dist.model.transformers_versions import without_looking_at_values
 from clm_dist.planning.memory import Activations, Envelope, Line
 from clm_dist.planning.shapes import Shapes
 
@@ -99,7 +100,7 @@ def simulate(
                 parameter.grad = torch.zeros_like(parameter)  # gradients are counted elsewhere; these are added to
         ids = torch.zeros(sequences, block_size, dtype=torch.int64)
         meter = Meter()
-        with _without_packing(), _as_on_gpu() if as_on_gpu else nullcontext(), meter:
+        with without_looking_at_values(), _as_on_gpu() if as_on_gpu else nullcontext(), meter:
             return micro_step(model, ids, precision, meter)
 
 
@@ -189,14 +190,6 @@ def _checkpoint(model: Any, as_on_gpu: bool = True) -> None:
     enable(
         {"use_reentrant": False, "context_fn": lambda: (nullcontext(), GpuAutocast() if as_on_gpu else nullcontext())}
     )
-
-
-@contextmanager
-def _without_packing() -> Iterator[None]:
-    """transformers looks at positions whether several documents share a row, and makes a T x T mask where it cannot see
-    their values; in training it sees that none do, and leaves the mask to the attention kernel."""
-    with patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None, create=True):
-        yield
 
 
 def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:  # noqa: A002

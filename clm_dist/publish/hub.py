@@ -16,7 +16,7 @@ from typing import Any
 
 from clm_dist.config import Config
 from clm_dist.errors import RunError, UserError
-from clm_dist.hub import explain
+from clm_dist.hub import explain, limit_silence, status_of
 from clm_dist.publish.hub_queue import (
     FACTS,
     OUTBOX,
@@ -188,15 +188,6 @@ class Hub:
             self.api.create_tag(item.repo, tag=item.tag, revision=commit, exist_ok=True)
 
 
-def limit_silence(seconds: float) -> None:
-    """Makes calls of huggingface_hub fail that get no answer: by default most of them wait for ever."""
-    from huggingface_hub import get_session, set_client_factory
-
-    client = get_session()
-    kind, hooks = type(client), client.event_hooks
-    set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=seconds))
-
-
 def is_same(path: Path, there: Any) -> bool:
     """Whether a local file is the one that the Hub shows, by its hash: SHA-256 of large files, git's of the others."""
     if there is None or (there.size is not None and there.size != path.stat().st_size):
@@ -247,8 +238,9 @@ def _read(api: Any, repo: str, commit: str | None, name: str) -> str:
 
 def _is_lasting(error: BaseException) -> bool:
     """Whether only the user can change it: a wrong token, a permission, a name."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in (400, 401, 403, 404)
+    status = status_of(error)
+    if status is not None:
+        return status in (400, 401, 403, 404)
     return isinstance(error, (OfflineModeIsEnabled, HFValidationError))

@@ -5,8 +5,8 @@ from typing import Any
 
 from clm_dist.config import HubConfig
 from clm_dist.errors import UserError
-from clm_dist.hub import explain, is_unreachable
-from clm_dist.publish.hub import limit_silence, other_model_problem, public_problem, remote_facts
+from clm_dist.hub import explain, is_unreachable, limit_silence, status_of
+from clm_dist.publish.hub import other_model_problem, public_problem, remote_facts
 from clm_dist.publish.hub_queue import is_weights
 
 PATIENCE = 10  # seconds that the Hub may be silent here: training is to begin
@@ -36,8 +36,8 @@ def check_push(hub: HubConfig, run: str | None) -> str | None:
         raise
     except Exception as error:
         reason = explain(error, "model", repo, hub.branch) or str(error)
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if is_unreachable(error) or status == 429 or (status or 0) >= 500:
+        status = status_of(error) or 0
+        if is_unreachable(error) or status == 429 or status >= 500:
             return reason
         raise UserError(f"publish.hub.repo={repo}: {reason}") from None
     return None
@@ -84,7 +84,7 @@ def _ask_anonymously(api: Any, repo: str) -> None:
     try:
         api.model_info(repo, token=False, timeout=PATIENCE)
     except HfHubHTTPError as error:
-        if error.response.status_code >= 500:
+        if (status_of(error) or 0) >= 500:
             raise
 
 
