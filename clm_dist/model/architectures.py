@@ -54,6 +54,7 @@ class Architecture:
     needs_padding: bool = False  # it numbers positions from the padding id on, or looks for it in every batch
     positions: str = "learned"  # learned, sinusoidal, grown, rotary, alibi, relative, recurrent, axial
     reserved: int | str = 0  # positions of the table that no token gets; "padding": up to that id
+    bypassed: tuple[str, ...] = ()  # linear layers whose weights are read past them: an adapter there does nothing
     unused: tuple[str, ...] = ()  # parts of names of weights that no text reaches: they are frozen
     classes: tuple[str, str] | None = None  # of configuration and model, where the Auto classes have none
     tied: tuple[int, ...] = BOTH  # the head is the embedding, unless tie_word_embeddings says otherwise
