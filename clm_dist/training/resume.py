@@ -81,6 +81,24 @@ def settle(
     return said
 
 
+def other_base(config: Config, checkpoint: Checkpoint | None, base_sha256: str | None) -> str | None:
+    """What to say where a checkpoint's adapters were trained beside other frozen weights than there are now."""
+    saved = None if checkpoint is None else checkpoint.state().get("base_sha256")
+    if checkpoint is None or saved == base_sha256:
+        return None
+    model = config.model
+    cause = (
+        "the same model.type and seed under the versions in its state.json" if model.name is None else f"{model.name}"
+    )
+    remedy = (
+        "" if model.name is None else " as it was then: model.revision=COMMIT, of environment.json's base_model_commit"
+    )
+    return (
+        f"{checkpoint.path} holds adapters beside other frozen weights (sha256 {str(saved)[:12]}) than those of "
+        f"{model.called} now ({str(base_sha256)[:12]}); go on with {cause}{remedy}, or set another run_dir"
+    )
+
+
 def check_same_run(config: Config, run: Path) -> None:
     """Refuses a run folder that began with another configuration, and was never saved since."""
     path = run / "config.yaml"
