@@ -188,7 +188,14 @@ def test_interrupting_the_other_commands(trained, tmp_path, command):
     output = tmp_path / {"evaluate": "o.json", "generate": "o.jsonl", "report": "o.html"}[command]
     arguments = [sys.executable, "-m", "clm_dist", command, str(trained / target), *extra, "--output", str(output)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    for delay in (0.4, 0.8, 1.6, 3.2, 6.4, 0.2):  # how soon Python is up, and how long the work takes, depends on the machine
+    for delay in (
+        0.4,
+        0.8,
+        1.6,
+        3.2,
+        6.4,
+        0.2,
+    ):  # how soon Python is up, and how long the work takes, depends on the machine
         output.unlink(missing_ok=True)
         process = subprocess.Popen(
             arguments, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
