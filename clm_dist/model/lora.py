@@ -73,8 +73,11 @@ def adapt(model: Any, config: LoraConfig, seed: int | None) -> None:
     if set(adapters(model)) != set(names):
         odd = sorted(set(adapters(model)) ^ set(names))
         raise UserError(
-            f"peft adapts other layers of {type(model).__name__} than it was told to: {', '.join(odd[:3])}, ..."
+            f"model.lora: peft takes layers of {type(model).__name__} for others (experts that are one tensor now): "
+            f"{', '.join(kinds(odd))}; set model.lora.target_modules to some without these, e.g. of attention"
         )
+    if (row := row_of(model.config)) is not None and row.reversible:
+        model.enable_input_require_grads()
 
 
 def _place(model: Any) -> None:
@@ -177,7 +180,8 @@ def merged(model: Any, weights: Weights) -> Weights:
             continue
         module, base, rest = name.rpartition(BASE)
         if base and rest == "weight" and module in layers:
-            tensor = tensor + _update(layers[module], weights[module + A], weights[module + B]).to(tensor)
+            update = _update(layers[module], weights[module + A], weights[module + B])
+            tensor = (tensor.to(update) + update).to(tensor.dtype)
         plain[name.replace(BASE, ".")] = tensor
     return plain
 
@@ -206,8 +210,9 @@ def kinds(names: Iterable[str]) -> list[str]:
 
 
 def _update(layer: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """What an adapter adds to a weight, in fp32. a: (rank, in), b: (out, rank)."""
-    product = layer.scaling[ADAPTER] * (b.float() @ a.float())
+    """What an adapter adds to a weight, in fp32 or better. a: (rank, in), b: (out, rank)."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    product = layer.scaling[ADAPTER] * (b.to(wide) @ a.to(wide))
     return product.T if layer.fan_in_fan_out else product
 
 
@@ -223,11 +228,11 @@ def _linear_layers(model: Any) -> list[str]:
 
 
 def _usual_layers(model: Any) -> list[str]:
-    """Those within the blocks: not the head, nor what is read past its layer."""
+    """All but the head, and what the table of architectures leaves out."""
     head, row, modules = model.get_output_embeddings(), row_of(model.config), dict(model.named_modules())
     left_out = _shared(model) | {name for name, module in modules.items() if module is head}
-    past = row.bypassed if row else ()
-    return [name for name in _linear_layers(model) if name not in left_out and not any(part in name for part in past)]
+    parts = row.no_adapter if row else ()
+    return [name for name in _linear_layers(model) if name not in left_out and not any(part in name for part in parts)]
 
 
 def _shared(model: Any) -> set[str]:
