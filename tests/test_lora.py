@@ -1,6 +1,6 @@
 """Adapters: where they go, that nothing else is trained, what merging makes of them, and what is said of mistakes.
 
-What processes do with them together is in distributed/test_lora.py, what each architecture does in lora_rows.py.
+What processes do with them together is in distributed/test_lora_launched.py, what each architecture does in lora_rows.py.
 """
 
 import pytest

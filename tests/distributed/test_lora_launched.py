@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from clm_dist.checkpoint import content
 from clm_dist.checkpoint.folder import Checkpoint
 from clm_dist.config import ModelConfig
-from clm_dist.data.blocks import Blocks  # noqa: F401  # what `rows` reads by
 from clm_dist.model.build import build_model, load_model
 from clm_dist.model.configuration import model_configuration
 from clm_dist.model.lora import A, B
@@ -169,7 +168,7 @@ def test_two_processes_then_one_over_that_base_only(recipe, run_of, tmp_path):
 
 
 def test_what_others_read(recipe, run_of):
-    """transformers reads the merged model, peft the adapter beside the base: the same logits, and the evaluation of the run."""
+    """transformers reads the merged model, peft the adapter beside the base: the same logits."""
     from peft import PeftModel
 
     run, base = run_of("zero2"), recipe.parent / "base"
