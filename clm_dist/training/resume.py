@@ -87,15 +87,15 @@ def other_base(config: Config, checkpoint: Checkpoint | None, base_sha256: str |
     if checkpoint is None or saved == base_sha256:
         return None
     model = config.model
-    cause = (
-        "the same model.type and seed under the versions in its state.json" if model.name is None else f"{model.name}"
-    )
-    remedy = (
-        "" if model.name is None else " as it was then: model.revision=COMMIT, of environment.json's base_model_commit"
-    )
+    if model.name is None:
+        remedy = "take the versions of its state.json, which drew the same ones"
+    elif Path(model.name).exists():
+        remedy = f"bring {model.name} back to what it was"
+    else:
+        remedy = "set model.revision to the base_model_commit of environment.json"
     return (
         f"{checkpoint.path} holds adapters beside other frozen weights (sha256 {str(saved)[:12]}) than those of "
-        f"{model.called} now ({str(base_sha256)[:12]}); go on with {cause}{remedy}, or set another run_dir"
+        f"{model.called} now ({str(base_sha256)[:12]}); {remedy}, or set another run_dir"
     )
 
 
