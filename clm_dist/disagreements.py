@@ -19,6 +19,11 @@ def _about_the_model(config: Config) -> Iterator[str]:
         yield ("model.from_scratch=true needs model.name; model.type is always built from scratch: leave it out")
     if model.preset is not None and model.type is None:
         yield f"model.preset={model.preset} gives sizes to model.type; model.name has its own: leave it out"
+    if model.lora is not None and config.train.mixed_precision == "fp8":
+        yield (
+            "model.lora with train.mixed_precision=fp8: both would take the place of the linear layers; set "
+            "train.mixed_precision=bf16"
+        )
 
 
 def _about_data(config: Config) -> Iterator[str]:

@@ -41,6 +41,11 @@ RepositoryName = Annotated[str, AfterValidator(_repository_name)]
 Location = Annotated[str, AfterValidator(_at_home)]  # a path or Hub id; ~ means home, in a recipe too
 
 
+Names = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), Field(min_length=1)
+]
+
+
 def _sources(value: Any) -> str | tuple[str, ...]:
     """One place or several, with ~ for home."""
     if isinstance(value, str):

@@ -132,10 +132,19 @@ def explain(details: Any) -> str:
 def leaves(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every field of the tree by its dotted name, in the order of the file."""
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from leaves(field.annotation, f"{prefix}{name}.")
-        else:
+        below = _section(field.annotation)
+        if below is None or field.annotation is not below:  # one that may be left out is a field, too
             yield f"{prefix}{name}", field
+        if below is not None:
+            yield from leaves(below, f"{prefix}{name}.")
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, perhaps; None where it holds none."""
+    for one in (annotation, *get_args(annotation)):
+        if isinstance(one, type) and issubclass(one, Section):
+            return one if one is annotation or type(None) in get_args(annotation) else None
+    return None
 
 
 def section_at(path: list[str]) -> type[BaseModel] | None:
@@ -148,7 +157,7 @@ def section_at(path: list[str]) -> type[BaseModel] | None:
         section = field.annotation if field is not None else None
         if get_origin(section) is tuple:
             section = get_args(section)[0]
-        if not (isinstance(section, type) and issubclass(section, Section)):
+        if (section := _section(section)) is None:
             return None
     return section
 
@@ -168,7 +177,9 @@ def flat(config: Config) -> dict[str, Any]:
     for name, _ in leaves():
         value: Any = config
         for part in name.split("."):
-            value = getattr(value, part)
+            value = getattr(value, part, None)
+        if isinstance(value, Section):
+            continue  # its fields stand there
         result[name] = json.dumps(value) if isinstance(value, (dict, tuple)) else value
     return result
 

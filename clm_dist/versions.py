@@ -7,7 +7,7 @@ import clm_dist
 
 PACKAGES = (
     *("torch", "accelerate", "transformers", "tokenizers", "tiktoken", "fastokens", "datasets", "evaluate", "numpy"),
-    "pyarrow",
+    *("pyarrow", "peft"),
 )
 
 

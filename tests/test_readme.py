@@ -17,7 +17,15 @@ from test_hub import DATA, MODEL
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
 
-NAMES = ("README.md", "docs/data.md", "docs/recovery.md", "docs/planning.md", "docs/sharding.md", "docs/tracking.md")
+NAMES = (
+    "README.md",
+    "docs/data.md",
+    "docs/recovery.md",
+    "docs/planning.md",
+    "docs/sharding.md",
+    "docs/tracking.md",
+    "docs/lora.md",
+)
 PAGES = "".join((ROOT / name).read_text(encoding="utf-8") for name in NAMES)
 # of the demo's recipe, in the copy: what takes minutes, and no command depends on
 SHORTER = {
@@ -82,7 +90,8 @@ def test_every_command_of_the_readme_runs(copy, tmp_path):
     made = {path.name for path in (copy / "runs").iterdir()}
     assert (
         made
-        == {"demo", "eli5_distilgpt2", "two", "local", "nodes", "watched", "again", "long", "again-and-again"} | SHARDED
+        == {"demo", "eli5_distilgpt2", "two", "local", "nodes", "watched", "again", "long", "again-and-again", "lora"}
+        | SHARDED
     )
     assert (copy / "best.json").is_file() and (copy / "runs" / "demo" / "report.html").is_file()
     first, again = ((copy / "runs" / name / "metrics.jsonl").read_text() for name in ("watched", "again"))

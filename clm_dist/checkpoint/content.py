@@ -15,11 +15,15 @@ from clm_dist.errors import RunError
 Tensors = dict[str, torch.Tensor]
 
 
-def weights(model: torch.nn.Module) -> Tensors:
-    """Parameters and saved buffers, each once: tied ones by their first name."""
+def weights(model: torch.nn.Module, given: frozenset[str] = frozenset()) -> Tensors:
+    """Parameters and saved buffers, each once: tied ones by their first name.
+
+    given: names to leave out, of weights that every start has again without a checkpoint.
+    """
     saved = model.state_dict()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    return {**dict(model.named_parameters()), **buffers}
+    everything = {**dict(model.named_parameters()), **buffers}
+    return {name: tensor for name, tensor in everything.items() if name not in given}
 
 
 def optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
@@ -52,9 +56,9 @@ def parts(held: Tensors, most: int) -> list[tuple[str, Tensors]]:
     return [(f".{part + 1}", share(held, part, count)) for part in range(count)]
 
 
-def load_weights(model: torch.nn.Module, found: Saved) -> None:
-    """Puts saved weights into a model of the same architecture."""
-    live = weights(model)
+def load_weights(model: torch.nn.Module, found: Saved, given: frozenset[str] = frozenset()) -> None:
+    """Puts saved weights into a model of the same architecture. given: those that it has already."""
+    live = weights(model, given)
     check_names("weights", set(live), found.names())
     with torch.no_grad():
         for name, tensor in live.items():

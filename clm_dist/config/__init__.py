@@ -6,14 +6,14 @@ Every field says its unit, its range and why its default is what it is. Reading 
 from pydantic import Field
 
 from clm_dist.config.data import DataConfig, MixtureEntry
-from clm_dist.config.learning import CheckpointConfig, ModelConfig, OptimConfig, TrainConfig
+from clm_dist.config.learning import CheckpointConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
 from clm_dist.config.results import EvaluateConfig, GenerateConfig, HubConfig, PublishConfig, TrackConfig
 from clm_dist.config.section import Section
 from clm_dist.fields import Location
 
 __all__ = [
-    "CheckpointConfig", "Config", "DataConfig", "EvaluateConfig", "GenerateConfig", "HubConfig", "MixtureEntry",
-    "ModelConfig", "OptimConfig", "PublishConfig", "Section", "TrackConfig", "TrainConfig",
+    "CheckpointConfig", "Config", "DataConfig", "EvaluateConfig", "GenerateConfig", "HubConfig", "LoraConfig",
+    "MixtureEntry", "ModelConfig", "OptimConfig", "PublishConfig", "Section", "TrackConfig", "TrainConfig",
 ]  # fmt: skip
 
 

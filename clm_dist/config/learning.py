@@ -5,7 +5,21 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator
 
 from clm_dist.config.section import Section
-from clm_dist.fields import Count, Location, Policy, Seconds, numbers
+from clm_dist.fields import Count, Location, Names, Policy, Seconds, numbers
+
+
+class LoraConfig(Section):
+    """Adapters of low rank (LoRA: Hu et al., arXiv:2106.09685) are trained, the model itself is frozen."""
+
+    rank: Count = Field(8, description="Inner size of an adapter; it has rank x (in + out) weights for each layer.")
+    alpha: Count = Field(16, description="What an adapter adds is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapters' inputs left out in training.")
+    target_modules: Names | None = Field(
+        None,
+        description="Linear layers with an adapter, by the endings of their names, e.g. [q_proj,v_proj]; all-linear: all "
+        "but the head. None: peft's choice for the architecture, where it has none all-linear.",
+    )
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (arXiv:2312.03732): for ranks of 64 and more.")
 
 
 class ModelConfig(Section):
@@ -30,6 +44,10 @@ class ModelConfig(Section):
     )
     attention: str | None = Field(
         None, description="How attention is computed: eager, sdpa, flash_attention_2, ... None: transformers' choice."
+    )
+    lora: LoraConfig | None = Field(
+        None,
+        description="Train LoRA adapters and freeze the model, e.g. model.lora.rank=16. None: all weights are trained.",
     )
     check_causality: bool = Field(
         True,

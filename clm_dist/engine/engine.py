@@ -16,6 +16,7 @@ class Engine(ABC):
     """A model with its optimizer, on this rank. Every rank has one and makes every call."""
 
     name: str  # for the screen
+    given: frozenset[str] = frozenset()  # names of weights that no checkpoint holds: every start has them, frozen
     sharded = False  # whether a forward pass is collective: every rank must then make as many as any other
 
     def __init__(self, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

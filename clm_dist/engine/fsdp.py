@@ -114,7 +114,7 @@ class Fsdp(Engine):
         sharded."""
         mine, others = {}, {}
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        for name, tensor in content.weights(self.model).items():
+        for name, tensor in content.weights(self.model, self.given).items():
             if isinstance(tensor, DTensor):
                 rows = -(-tensor.shape[0] // ranks)  # as torch.chunk cuts: the last ranks may have none
                 start = min(rank * rows, tensor.shape[0]) * math.prod(tensor.shape[1:])

@@ -24,8 +24,22 @@ def make_engine(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     max_norm: float | None,
+    given: frozenset[str] = frozenset(),
 ) -> Engine:
-    """Gives the model to whatever the processes were started for. max_norm: to clip at. Every rank must call this."""
+    """Gives the model to whatever the processes were started for. max_norm: to clip at. given: names of frozen weights that
+    checkpoints leave out. Every rank must call this."""
+    engine = _made(kind, accelerator, model, optimizer, max_norm)
+    engine.given = given
+    return engine
+
+
+def _made(
+    kind: str,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    max_norm: float | None,
+) -> Engine:
     if kind == "zero":
         from clm_dist.engine.zero import Zero
 

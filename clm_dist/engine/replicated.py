@@ -78,13 +78,13 @@ class Replicated(Engine):
     def held(self) -> dict[str, Tensors]:
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         everything = {
-            "model": content.weights(self.plain),
+            "model": content.weights(self.plain, self.given),
             "optimizer": content.optimizer_state(self.plain, self.optimizer),
         }
         return {kind: content.share(tensors, rank, world_size) for kind, tensors in everything.items()}
 
     def load(self, model: Saved, optimizer: Saved) -> None:
-        content.load_weights(self.plain, model)
+        content.load_weights(self.plain, model, self.given)
         content.load_optimizer(self.plain, self.optimizer, optimizer)
 
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:

@@ -15,7 +15,7 @@ from clm_dist.checkpoint import content
 from clm_dist.checkpoint.content import Tensors
 from clm_dist.checkpoint.saved import Saved
 from clm_dist.engine.engine import Engine
-from clm_dist.engine.fragments import flats, fragments, frozen, load_optimizer, optimized, optimizer_state
+from clm_dist.engine.fragments import Fragment, flats, fragments, frozen, load_optimizer, optimized, optimizer_state
 
 
 class Zero(Engine):
@@ -67,17 +67,17 @@ class Zero(Engine):
 
     def held(self) -> dict[str, Tensors]:
         mine = fragments(self.model)
-        held = {fragment.key(): fragment.of(fragment.flat) for fragment in (*mine, *frozen(self.model))}
+        held = {fragment.key(): fragment.of(fragment.flat) for fragment in (*mine, *self._frozen())}
         held |= content.share(self._rest(), self.accelerator.process_index, self.accelerator.num_processes)
         return {"model": held, "optimizer": optimizer_state(self.optimizer, mine)}
 
     def load(self, model: Saved, optimizer: Saved) -> None:
         mine, rest = fragments(self.model), self._rest()
-        parameters = dict(self.plain.named_parameters())
+        parameters = {name: one for name, one in self.plain.named_parameters() if name not in self.given}
         content.check_names("weights", {*parameters, *rest}, model.names())
         for name, parameter in parameters.items():
             model.check_shape(name, getattr(parameter, "ds_shape", parameter.shape))
-        for fragment in (*mine, *frozen(self.model)):
+        for fragment in (*mine, *self._frozen()):
             fragment.of(fragment.flat).copy_(model.read(fragment.name, fragment.start, fragment.stop))
         for name, tensor in rest.items():
             tensor.data.copy_(model.whole(name, tensor.shape))
@@ -123,10 +123,13 @@ class Zero(Engine):
     def overflowed(self) -> bool:
         return self.scales and bool(self.zero.overflow)
 
+    def _frozen(self) -> list[Fragment]:
+        return [fragment for fragment in frozen(self.model) if fragment.name not in self.given]
+
     def _rest(self) -> Tensors:
         """What every rank holds whole: saved buffers, and below stage 3 weights that the optimizer does not update."""
         shared = {name for name, _ in self.plain.named_parameters()} if self.sharded else set(optimized(self.model))
-        return {name: tensor for name, tensor in content.weights(self.plain).items() if name not in shared}
+        return {name: tensor for name, tensor in content.weights(self.plain, self.given).items() if name not in shared}
 
     def _spread(self) -> None:
         """The weights that the model computes with become those of the optimizer, on every rank."""

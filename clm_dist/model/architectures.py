@@ -54,6 +54,9 @@ class Architecture:
     needs_padding: bool = False  # it numbers positions from the padding id on, or looks for it in every batch
     positions: str = "learned"  # learned, sinusoidal, grown, rotary, alibi, relative, recurrent, axial
     reserved: int | str = 0  # positions of the table that no token gets; "padding": up to that id
+    # linear layers without LoRA: kernels read their weights past the layer, they are a head, or peft takes them for experts
+    no_adapter: tuple[str, ...] = ()
+    reversible: bool = False  # its backward pass is its own, and begins only where the embeddings have a gradient
     unused: tuple[str, ...] = ()  # parts of names of weights that no text reaches: they are frozen
     classes: tuple[str, str] | None = None  # of configuration and model, where the Auto classes have none
     tied: tuple[int, ...] = BOTH  # the head is the embedding, unless tie_word_embeddings says otherwise
@@ -150,7 +153,7 @@ GUIDE = (
     _decoder(
         "MusicGen", "musicgen", guide=NOTHING, classes=("MusicgenDecoderConfig", "MusicgenForCausalLM"),
         needs={"num_codebooks": 1, "audio_channels": 1}, past_vocabulary=("pad_token_id", "bos_token_id"),
-        positions="grown", tied=NEITHER, generates=False,
+        positions="grown", tied=NEITHER, generates=False, no_adapter=("lm_heads",),
     ),
     _decoder("MVP", "mvp", sdpa=NEITHER),
     _rotary("OpenLlama", "open-llama", lives=FOUR, sdpa=NEITHER, generates=False, tied=NEITHER),
@@ -173,6 +176,7 @@ GUIDE = (
         scratch={"axial_pos_embds": False, "attn_layers": ["local"] * 6},
         sizes=lambda s: {"attn_layers": ["local"] * s.layers},
         unused=("lm_head.bias",), tied=NEITHER, sdpa=NEITHER, checkpointing=NEITHER, generates=False, repair="reformer",
+        reversible=True,
     ),
     _encoder("RemBERT", "rembert", tied=NEITHER, sdpa=NEITHER),
     _roberta("RoBERTa", "roberta"),
@@ -248,10 +252,11 @@ LATER = (
             "num_key_value_heads": s.heads,
             "first_k_dense_replace": 1,
         },
+        no_adapter=(".mlp.",),
     ),
     _modern("gpt-oss", "gpt_oss", sdpa=NEITHER),
     _modern("LFM2", "lfm2", tied=BOTH),
-    Architecture("Mamba", "mamba", positions="recurrent", sdpa=NEITHER),
+    Architecture("Mamba", "mamba", positions="recurrent", sdpa=NEITHER, no_adapter=("x_proj", "dt_proj", "out_proj")),
     Architecture(
         "Mamba 2",
         "mamba2",
@@ -259,6 +264,7 @@ LATER = (
         sdpa=NEITHER,
         tied=NEITHER,
         sizes=lambda s: {"num_heads": 2 * s.heads, "n_groups": 1, "state_size": 16, "chunk_size": 64},
+        no_adapter=("out_proj",),
     ),
     _modern(
         "Jamba",
@@ -266,6 +272,7 @@ LATER = (
         positions="recurrent",
         scratch={"use_mamba_kernels": False},
         sizes=lambda s: {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+        no_adapter=("dt_proj",),
     ),
 )
 

@@ -9,13 +9,13 @@ import torch
 from clm_dist import hub
 from clm_dist.config import ModelConfig
 from clm_dist.errors import UserError
-from clm_dist.model import repairs, transformers_versions
+from clm_dist.model import lora, repairs, transformers_versions
 from clm_dist.model.architectures import IDENTITY
 from clm_dist.model.configuration import load_configuration, padded, row_of
 
 
 def build_model(config: ModelConfig, built: Any, seed: int, vocab_size: int = 0) -> torch.nn.Module:
-    """The model in fp32: pretrained weights of `config.name`, or random ones drawn from `seed`.
+    """The model in fp32: pretrained weights of `config.name`, or random ones drawn from `seed`; with adapters if asked.
 
     vocab_size: of the tokenizer, where `model.pad_vocab_to_multiple_of` may have to make room for it.
     """
@@ -32,6 +32,8 @@ def build_model(config: ModelConfig, built: Any, seed: int, vocab_size: int = 0)
         model = model.float()
         _generate_left_to_right(model)
     freeze_unused(model)
+    if config.lora is not None:
+        lora.adapt(model, config.lora, seed)
     return model
 
 
@@ -55,6 +57,15 @@ def blank_model(config: ModelConfig, built: Any, dtype: torch.dtype | None = Non
         raise UserError(
             f"{given}model.config={config.config} builds no {built.model_type}: {said}; correct it"
         ) from None
+
+
+def outline(config: ModelConfig, built: Any, dtype: torch.dtype | None = None) -> Any:
+    """What `build_model` makes, without what weights hold: for the meta device or FakeTensorMode."""
+    model = blank_model(config, built, dtype)
+    freeze_unused(model)
+    if config.lora is not None:
+        lora.adapt(model, config.lora, seed=None)
+    return model
 
 
 def freeze_unused(model: Any) -> None:

@@ -6,9 +6,6 @@ says where that computes otherwise.
 
 import functools
 import importlib
-import inspect
-import re
-import textwrap
 from types import ModuleType
 from typing import Any
 
@@ -153,11 +150,20 @@ def _speech_to_text_2() -> None:
 
 
 def _transfo_xl() -> None:
-    """`TransfoXLModel.forward` calls `type_as(dtype=...)`, which torch has not (modeling_transfo_xl.py, `pos_seq = ...`)."""
+    """`TransfoXLModel.forward` calls `type_as(dtype=...)` of what `torch.arange` gave it, which torch has not
+    (modeling_transfo_xl.py, `pos_seq = ...`): it is given one that has."""
     module = _module("deprecated.transfo_xl")
-    source = textwrap.dedent(inspect.getsource(module.TransfoXLModel.forward))
-    source = source[source.index("def forward") :]  # its decorators write documentation
-    mended = re.sub(r"\.type_as\(\s*dtype=", ".to(dtype=", source)
-    names: dict[str, Any] = {}
-    exec(compile(mended, module.__file__ or "", "exec"), module.__dict__, names)
-    module.TransfoXLModel.forward = names["forward"]
+
+    class Torch(ModuleType):
+        """torch, but for one name."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        @staticmethod
+        def arange(*arguments: Any, **keywords: Any) -> torch.Tensor:
+            numbers = torch.arange(*arguments, **keywords)
+            setattr(numbers, "type_as", lambda dtype: numbers.to(dtype=dtype))  # noqa: B010  # of this tensor alone
+            return numbers
+
+    setattr(module, "torch", Torch("torch"))  # noqa: B010

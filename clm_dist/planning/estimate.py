@@ -17,8 +17,10 @@ NETWORK = 12.5e9  # and between nodes: 100 Gbit/s
 def flops_per_token(shapes: Shapes, block_size: int, checkpointing: bool) -> int:
     """Operations for one trained token; an embedding that is only looked up does not multiply."""
     passes = 4 if checkpointing else 3
-    multiplied = shapes.parameters - shapes.lookup
-    return passes * (2 * multiplied + 4 * shapes.layers * shapes.width * block_size)
+    trained = shapes.trained - (0 if shapes.lookup_frozen else shapes.lookup)
+    frozen = sum(shapes.frozen) - (shapes.lookup if shapes.lookup_frozen else 0)
+    # what is frozen has no gradient of its own, and hands on that of its input
+    return passes * (2 * trained + 4 * shapes.layers * shapes.width * block_size) + (passes - 1) * 2 * frozen
 
 
 def seconds_per_step(flops: int, tokens_per_step: int, gpus: int, tflops: float) -> float:

@@ -147,10 +147,13 @@ def model_state(
     return _stage_1_or_2(shapes, strategy, world_size, mixed, rank, accumulating)
 
 
-def by_paper(parameters: int, stage: int, world_size: int) -> float:
-    """Bytes of the model's state by the ZeRO paper (figure 1): 2 + 2 + 12 for each parameter, the shared ones over W."""
+def by_paper(parameters: int, stage: int, world_size: int, frozen: int = 0) -> float:
+    """Bytes of the model's state by the ZeRO paper (figure 1): 2 + 2 + 12 for each parameter, the shared ones over W.
+
+    frozen: parameters beside them that have no gradient and no states.
+    """
     whole = {0: 16, 1: 4, 2: 2, 3: 0}[stage]
-    return parameters * (whole + (16 - whole) / world_size)
+    return parameters * (whole + (16 - whole) / world_size) + 2 * frozen / (world_size if stage == 3 else 1)
 
 
 def _stage_1_or_2(

@@ -12,7 +12,7 @@ from clm_dist.data.manifest import MANIFEST, Manifest, read_manifest
 from clm_dist.data.order import steps_of_epochs
 from clm_dist.disagreements import divisors
 from clm_dist.errors import ConfigError
-from clm_dist.model.build import blank_model
+from clm_dist.model.build import outline
 from clm_dist.model.configuration import model_configuration
 from clm_dist.model.positions import check_fits
 from clm_dist.planning.memory import STRATEGIES, Activations
@@ -28,6 +28,7 @@ class Outlook:
 
     model: str
     parameters: int
+    trained: int  # of them
     mixed_precision: str
     block_size: int
     global_batch_size: int
@@ -69,6 +70,7 @@ def plan_run(config: Config, cluster: Cluster, recipe: str, overrides: list[str]
     return Outlook(
         model=str(config.model.name or config.model.type),
         parameters=task.shapes.parameters,
+        trained=task.shapes.trained,
         mixed_precision=train.mixed_precision,
         block_size=block_size,
         global_batch_size=train.global_batch_size,
@@ -189,7 +191,7 @@ def _activations(config: Config, built: Any, task: Task) -> tuple[dict[tuple[str
     """Activations by (precision, checkpointing), counted; by formula with the reason where a model defies that."""
     from clm_dist.planning import activations
 
-    build: Callable[[Any], Any] = partial(blank_model, config.model, built)
+    build: Callable[[Any], Any] = partial(outline, config.model, built)
     wanted = {(precision_of(strategy, task.mixed), ckpt) for strategy in STRATEGIES for ckpt in (False, True)}
     found: dict[tuple[str, bool], Activations] = {}
     why = ""

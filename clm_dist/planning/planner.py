@@ -176,7 +176,7 @@ def _row(task: Task, strategy: Strategy, checkpointing: bool, line: Activations)
         activations=line.kept.at(micro),
         logits=line.peak.at(micro) - line.kept.at(micro),
         total=total(micro),
-        by_paper=round(by_paper(task.shapes.parameters, strategy.stage, cluster.gpus)),
+        by_paper=round(by_paper(task.shapes.trained, strategy.stage, cluster.gpus, sum(task.shapes.frozen))),
         host_bytes_per_node=host,
         bytes_sent_per_step=sent,
         flops_per_token=flops,

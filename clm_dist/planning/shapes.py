@@ -22,6 +22,7 @@ class Shapes:
     rows: tuple[int, ...] = ()  # first dimension of each tensor: matrices, vectors, frozen ones
     largest_block: int = 0  # parameters of the largest layer, which FSDP2 gathers as one
     outside: int = 0  # of what is in no layer: embeddings, the head
+    lookup_frozen: bool = False
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
@@ -43,11 +44,10 @@ def shapes(config: ModelConfig, built: Any) -> Shapes:
     """The shapes of a model by its configuration; no weight is made or loaded."""
     import torch
 
-    from clm_dist.model.build import blank_model, freeze_unused
+    from clm_dist.model.build import outline
 
     with torch.device("meta"):
-        model = blank_model(config, built, torch.float32)
-    freeze_unused(model)
+        model = outline(config, built, torch.float32)
     return shapes_of(model)
 
 
@@ -77,6 +77,7 @@ def shapes_of(model: Any) -> Shapes:
         rows=tuple(parameter.shape[0] if parameter.ndim else 1 for parameter in (*matrices, *vectors, *frozen)),
         largest_block=max(blocks, default=0),
         outside=sum(parameter.numel() for parameter in model.parameters()) - sum(blocks),
+        lookup_frozen=embedding is not None and not embedding.requires_grad,
     )
 
 

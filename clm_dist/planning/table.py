@@ -22,6 +22,11 @@ def _unit(outlook: Outlook) -> tuple[str, int]:
     return ("GiB", GIB) if max(row.total for row in outlook.rows) >= GIB else ("MiB", MIB)
 
 
+def _trained(outlook: Outlook) -> str:
+    """How many are trained, where that is not all of them."""
+    return "" if outlook.trained == outlook.parameters else f" ({outlook.trained:,} of them trained)"
+
+
 def size(count: float) -> str:
     """Bytes, for people."""
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"
@@ -32,7 +37,7 @@ def _introduction(outlook: Outlook) -> list[str]:
     precision = "fp32" if outlook.mixed_precision == "no" else outlook.mixed_precision
     nodes = f" in {cluster.nodes} nodes" if cluster.nodes > 1 else ""
     lines = [
-        f"{outlook.model}: {outlook.parameters:,} parameters, {precision}, blocks of "
+        f"{outlook.model}: {outlook.parameters:,} parameters{_trained(outlook)}, {precision}, blocks of "
         f"{outlook.block_size:,} tokens, "
         f"{outlook.global_batch_size:,} sequences = {outlook.tokens_per_step:,} tokens per step",
         f"{cluster.gpus} GPUs of {cluster.gpu_memory_gib:g} GiB{nodes}; {outlook.usable_bytes / GIB:.1f} GiB of each can be "

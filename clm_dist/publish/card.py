@@ -29,10 +29,10 @@ def model_card(
 ) -> str:
     """README.md of an exported folder; curves.png is expected beside it.
 
-    figures: metrics of the evaluation, `step`, `arithmetic`, `parameters`, `tokens_seen`, `engine`; `away`: sentences for
-    who loads it without this package. environment:
-    environment.json. prepared: `tokenizer`, `hub_ids`, `train` and `eval` counts of the data manifest. rows: of
-    metrics.jsonl. base_commit: that of the base model on the Hub.
+    figures: metrics of the evaluation, `step`, `arithmetic`, `parameters`, `tokens_seen`, `engine`, perhaps `adapters` and
+    `trained`; `away`: sentences for who loads it without this package. environment: environment.json. prepared:
+    `tokenizer`, `hub_ids`, `train` and `eval` counts of the data manifest. rows: of metrics.jsonl. base_commit: that of
+    the base model on the Hub.
     """
     loader = jinja2.FileSystemLoader(TEMPLATES)
     templates = jinja2.Environment(
@@ -79,7 +79,7 @@ def metadata(config: Config, figures: dict[str, Any], hub_ids: list[str], source
         pipeline_tag="text-generation",
         base_model=base if on_hub else None,
         datasets=hub_ids or None,
-        tags=["clm-dist"],
+        tags=["clm-dist", *(["lora"] if config.model.lora is not None else [])],
         model_name=Path(config.run_dir).name if results else None,
         eval_results=results or None,
     )

@@ -23,8 +23,9 @@ def export(
 ) -> None:
     """Writes `folder` for `from_pretrained` and `pipeline`. Every rank must call this; the main process writes.
 
-    weights: all of them by name; taking them is collective where they are sharded. pages: other files by name, the card
-    among them. Written beside its place first, and read back: a folder of that name stays until the new one is whole.
+    weights: all of them by name; taking them is collective where they are sharded. pages: other files by name, perhaps in
+    folders of it, the card among them. Written beside its place first, and read back: a folder of that name stays until the
+    new one is whole.
     """
     held = {name: tensor for name, tensor in weights if tensor is not None}
     if not is_main_process:
@@ -39,6 +40,7 @@ def export(
         check_loaded(staged, type(plain), held)
     tokenizer.save_pretrained(staged)
     for name, content in pages.items():
+        (staged / name).parent.mkdir(exist_ok=True)
         (staged / name).write_bytes(content)
     for path in staged.glob("*.safetensors"):  # which safetensors makes readable to its owner alone
         path.chmod((staged / "config.json").stat().st_mode & 0o777)

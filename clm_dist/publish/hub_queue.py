@@ -29,11 +29,12 @@ from clm_dist.storage import write_text
 OUTBOX = Path("outbox", "hub")
 NOTES = OUTBOX / "delivered.json"
 FACTS, RECIPE, REPORT = "evaluation.json", "recipe.yaml", "report.html"
-WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json")
+ADAPTER = "adapter/adapter_model.safetensors"  # by itself, beside weights that hold it already
+WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", ADAPTER)
 # All that is ever uploaded: weights, configurations, the tokenizer's files, and what is said of the model.
 ALLOWED = (
     *WEIGHTS,
-    *("config.json", "generation_config.json"),
+    *("config.json", "generation_config.json", "adapter/adapter_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.jinja"),
     *("README.md", "curves.png", FACTS, RECIPE, REPORT),
@@ -81,9 +82,9 @@ def queue(run: Path, folder: Path, what: str, hub: HubConfig) -> Item:
     staged = place.with_name(f".{item.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     (staged / "files").mkdir(parents=True)
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and allowed(path.name):
-            _link(path, staged / "files" / path.name)
+    for name, path in _allowed(folder).items():
+        (staged / "files" / name).parent.mkdir(exist_ok=True)
+        _link(path, staged / "files" / name)
     public = yaml.safe_dump(
         public_values(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))),
         sort_keys=False, allow_unicode=True,
@@ -120,7 +121,12 @@ def waiting(run: Path) -> list[Item]:
 
 def files_of(run: Path, item: Item) -> dict[str, Path]:
     """What will be uploaded, by name."""
-    return {path.name: path for path in sorted((run / OUTBOX / item.name / "files").iterdir()) if allowed(path.name)}
+    return _allowed(run / OUTBOX / item.name / "files")
+
+
+def _allowed(folder: Path) -> dict[str, Path]:
+    files = {str(path.relative_to(folder).as_posix()): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: path for name, path in files.items() if allowed(name)}
 
 
 def change(run: Path, item: Item) -> None:

@@ -107,10 +107,12 @@ def _engine(accelerator: Accelerator, config: Config, job: Job) -> Engine:
 
 def _model(config: Config, job: Job) -> Any:
     """Without dropout in bf16: kernels of two precisions draw other masks on a GPU."""
-    configuration = job.model_configuration
+    given, configuration = config.model, job.model_configuration
     if config.train.mixed_precision == "bf16":
         configuration = _without_dropout(configuration)
-    model = build_model(config.model, configuration, config.seed, job.manifest.vocab_size)
+        if given.lora is not None:
+            given = given.model_copy(update={"lora": given.lora.model_copy(update={"dropout": 0.0})})
+    model = build_model(given, configuration, config.seed, job.manifest.vocab_size)
     model.config.use_cache = False  # type: ignore[union-attr]
     return model
 

@@ -11,6 +11,7 @@ from clm_dist.data.manifest import Manifest
 from clm_dist.data.prepared import open_blocks, open_prepared
 from clm_dist.data.tokenize import load_tokenizer, token_ids
 from clm_dist.ledger.ledger import last_row
+from clm_dist.model import lora
 from clm_dist.model.configuration import model_configuration
 from clm_dist.model.generate import prompt_ids
 from clm_dist.model.positions import check_fits, max_positions
@@ -42,6 +43,8 @@ def open_job(config: Config, overwrite: bool, run: bool = True) -> Job:
     """Refuses everything that can be refused by now; touches nothing. run: whether one will be in config.run_dir."""
     check_launch(config.train.mixed_precision)
     check_changes(config)
+    if config.model.lora is not None:
+        lora.check_installed()
     may_resume = config.train.resume != "never"
     named = config.train.resume if config.train.resume not in ("auto", "never") else None
     sources = filter(None, (config.model.name, config.data.tokenizer, named))

@@ -16,7 +16,7 @@ from clm_dist.checkpoint.folder import Checkpoint, newest_whole
 from clm_dist.config import Config
 from clm_dist.data.order import step_seed
 from clm_dist.engine.engine import Engine
-from clm_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, RunEnded, RunError
+from clm_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, RunEnded, RunError, UserError
 from clm_dist.training import offence, run_folder
 from clm_dist.training.agreement import Agreement
 from clm_dist.training.batches import Batches
@@ -24,7 +24,7 @@ from clm_dist.training.compare import compare_ranks
 from clm_dist.training.health import Verdict, judge, remember
 from clm_dist.training.job import Job
 from clm_dist.training.logbook import Logbook
-from clm_dist.training.resume import choose, settle
+from clm_dist.training.resume import choose, other_base, settle
 from clm_dist.training.saver import Saver
 from clm_dist.training.state import TrainState
 from clm_dist.training.time_limit import time_limit
@@ -38,8 +38,19 @@ OVERFLOWS = 50  # in a row: from the first scale of 2**16 they lead to 2**-34
 class Keeper:
     """Of one run. Every rank has one and makes every call; the main process writes."""
 
-    def __init__(self, accelerator: Accelerator, config: Config, job: Job, engine: Engine, watch: Watch) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: Config,
+        job: Job,
+        engine: Engine,
+        watch: Watch,
+        base_sha256: str | None = None,
+    ) -> None:
         self.accelerator, self.config, self.job, self.watch = accelerator, config, job, watch
+        self.base_sha256 = (
+            base_sha256  # of weights that checkpoints leave out, where there are any; on the main process
+        )
         self.engine = engine
         self.run = Path(config.run_dir)
         self.state = TrainState()
@@ -59,13 +70,15 @@ class Keeper:
 
     def restore(self) -> None:
         """Goes on from the newest checkpoint that verifies, or begins. Every rank must call this."""
-        found: list[Any] = [None]
+        found: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             choice = choose(self.config, self.job.data_sha256, reread=True, begin_anew=self.job.overwrite)
-            found = [choice.checkpoint]
+            found = [choice.checkpoint, other_base(self.config, choice.checkpoint, self.base_sha256)]
             for line in choice.lines():
                 self.say(line)
-        [checkpoint] = broadcast_object_list(found)
+        checkpoint, problem = broadcast_object_list(found)
+        if problem is not None:
+            raise UserError(problem)
         self._seed_generators()
         saved = self._load(checkpoint) if checkpoint is not None else {}
         self.tracker_ids = saved.get("trackers", {})
@@ -218,6 +231,7 @@ class Keeper:
                 "trackers": self.tracker_ids,
                 "resumed_from": self.config.train.resume,
                 "versions": versions(),
+                "base_sha256": self.base_sha256,
             }
         with self.watch.during("saving"), self.logbook.timed("save", self.state.step):
             self.saver.save(self.state, facts, wait)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from clm_dist.config import Config
 from clm_dist.engine.engine import Engine
+from clm_dist.model import lora
 from clm_dist.model.configuration import told
 from clm_dist.model.generate import generate
 from clm_dist.model.positions import max_positions
@@ -41,6 +42,7 @@ class Observer:
         self.keeper, self.state, self.watch = keeper, keeper.state, keeper.watch
         self.meter = Meter(job.plan)
         self.folder = Path(config.run_dir)
+        self.facts: dict[str, Any] = {"engine": engine.name}  # of the model
         self.metrics: MetricsFile | None = None  # these two on the main process
         self.couriers: Couriers | None = None
 
@@ -53,9 +55,19 @@ class Observer:
             self.couriers = Couriers(self.folder, self.config, self.say)
             self.couriers.start(destinations(self.config))
         plain = self.engine.plain
-        self.parameters = sum(getattr(one, "ds_numel", one.numel()) for one in plain.parameters())
+        trained, frozen = (
+            sum(getattr(one, "ds_numel", one.numel()) for one in plain.parameters() if one.requires_grad == wanted)
+            for wanted in (True, False)
+        )
         where = f"on {self.accelerator.device.type}, {self.engine.name}"
-        self.say(f"{type(plain).__name__}, {self.parameters:,} parameters, {where}")
+        if self.config.model.lora is None:
+            self.facts |= {"parameters": trained + frozen}
+            self.say(f"{type(plain).__name__}, {trained + frozen:,} parameters, {where}")
+        else:
+            adapters = lora.told(self.config.model.lora, plain)
+            self.facts |= {"parameters": frozen, "trained": trained, "adapters": adapters}
+            self.say(f"{type(plain).__name__}, {frozen:,} parameters, frozen, {where}")
+            self.say(f"{adapters}: {trained:,} parameters, which are trained")
         if (line := told(self.job.model_configuration)) is not None:
             self.say(line)
         self.say(str(self.plan))
@@ -161,14 +173,16 @@ class Observer:
             self._export(name)
 
     def _export(self, name: str) -> None:
-        figures: dict[str, Any] = {"parameters": self.parameters, "engine": self.engine.name}
         main = self.accelerator.is_main_process
-        pages = publishing.pages(self.accelerator, self.config, self.job, self.state, figures) if main else {}
+        pages = publishing.pages(self.accelerator, self.config, self.job, self.state, self.facts) if main else {}
         sampling, positions = self.config.generate, max_positions(self.job.model_configuration)
         if positions is not None and sampling.max_new_tokens >= positions:  # `pipeline` would run past the last
             sampling = sampling.model_copy(update={"max_new_tokens": positions // 2})
-        weights = self.engine.full_weights()
-        export(self.engine.plain, weights, self.job.tokenizer, self.folder / name, pages, sampling, main)
+        held = {name: tensor for name, tensor in self.engine.full_weights() if tensor is not None}
+        if self.config.model.lora is not None and main:
+            pages |= publishing.adapter(self.config, self.engine.plain, held)
+            held = lora.merged(self.engine.plain, held)
+        export(self.engine.plain, held.items(), self.job.tokenizer, self.folder / name, pages, sampling, main)
 
     def push_if_due(self) -> None:
         """Exports and queues this step where the recipe says so; the last one is pushed when it is finished."""

@@ -7,15 +7,18 @@ import torch
 from clm_dist.config import Config
 from clm_dist.model.causality import check_causality
 from clm_dist.model.isolation import check_isolation
+from clm_dist.model.lora import adapters, check_reached
 from clm_dist.model.loss import next_token_nll
 
 
 def prove(config: Config, model: Any, name: str, device: torch.device, stays: bool = True) -> None:
     """UserError where a promise does not hold. On every rank alike, so that all of them leave.
 
+    A model with adapters is proved with them: what is proved is what is trained, and that each adapter is on its way.
     Computes in fp32 on the device where a model fits there. stays: whether that is its place; else it goes back.
     """
-    if not (config.model.check_causality or config.train.isolate_documents):
+    adapted = bool(adapters(model))
+    if not (config.model.check_causality or config.train.isolate_documents or adapted):
         return
     fits = stays or device.type == "cpu" or torch.cuda.mem_get_info(device)[0] > 2 * _nbytes(model)
     model.to(device if fits else "cpu")
@@ -23,6 +26,8 @@ def prove(config: Config, model: Any, name: str, device: torch.device, stays: bo
         check_causality(model, config.data.block_size, name, next_token_nll)
     if config.train.isolate_documents:
         check_isolation(model, config.data.block_size, name)
+    if adapted:
+        check_reached(model, config.data.block_size)
     if not stays:
         model.to("cpu")
 

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from clm_dist.config import Config
 from clm_dist.hub import commit_of
 from clm_dist.ledger.ledger import first_chain
+from clm_dist.model import lora
 from clm_dist.model.configuration import away_from_home
-from clm_dist.publish.card import model_card
+from clm_dist.publish.card import model_card, public_values
 from clm_dist.publish.hub import git_oid
 from clm_dist.publish.hub_check import announcement, check_push
 from clm_dist.publish.hub_queue import FACTS, is_known, queue, read_facts
@@ -44,7 +45,7 @@ def pages(
 ) -> dict[str, bytes]:
     """The card, its picture and the figures as JSON, by name: what stands beside the weights.
 
-    figures: `parameters`, `engine`.
+    figures: `parameters`, `engine`; of a model with adapters `trained`, `adapters`.
     """
     run, manifest = Path(config.run_dir), job.manifest
     rows = read_rows(run / "metrics.jsonl")
@@ -69,6 +70,16 @@ def pages(
         "curves.png": loss_picture(rows),
         FACTS: (json.dumps(facts, indent=2) + "\n").encode(),
     }
+
+
+def adapter(config: Config, plain: Any, weights: dict[str, Any]) -> dict[str, bytes]:
+    """The adapter's own files, in a folder beside the merged weights: peft's format. weights: all, as they are live."""
+    model = config.model
+    of = (
+        None if model.from_scratch or model.name is None else public_values(model.name)
+    )  # a page is public, a path is not
+    commit = commit_of(str(model.name), model.revision, "config.json") if of else None
+    return lora.adapter_files(plain, weights, of, commit)
 
 
 def queue_push(config: Config, folder: Path, what: str) -> str | None:

@@ -81,6 +81,24 @@ def settle(
     return said
 
 
+def other_base(config: Config, checkpoint: Checkpoint | None, base_sha256: str | None) -> str | None:
+    """What to say where a checkpoint's adapters were trained beside other frozen weights than there are now."""
+    saved = None if checkpoint is None else checkpoint.state().get("base_sha256")
+    if checkpoint is None or saved == base_sha256:
+        return None
+    model = config.model
+    if model.name is None:
+        remedy = "take the versions of its state.json, which drew the same ones"
+    elif Path(model.name).exists():
+        remedy = f"bring {model.name} back to what it was"
+    else:
+        remedy = "set model.revision to the base_model_commit of environment.json"
+    return (
+        f"{checkpoint.path} holds adapters beside other frozen weights (sha256 {str(saved)[:12]}) than those of "
+        f"{model.called} now ({str(base_sha256)[:12]}); {remedy}, or set another run_dir"
+    )
+
+
 def check_same_run(config: Config, run: Path) -> None:
     """Refuses a run folder that began with another configuration, and was never saved since."""
     path = run / "config.yaml"

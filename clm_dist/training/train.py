@@ -12,6 +12,7 @@ from clm_dist.config import Config
 from clm_dist.data.order import blocks_at, micro_batches, step_seed
 from clm_dist.engine.engine import Engine
 from clm_dist.engine.make import make_engine
+from clm_dist.model import lora
 from clm_dist.model.build import build_model, checkpoint_activations
 from clm_dist.model.loss import next_token_nll
 from clm_dist.training import run_folder
@@ -43,14 +44,16 @@ def train(config: Config, overwrite: bool = False, watch: Watch | None = None) -
     accelerator = start(config.train.mixed_precision, job.sharding.settings)
     with run_folder.joined(config, accelerator, watch):
         model = build_model(config.model, job.model_configuration, config.seed, job.manifest.vocab_size)
+        base = lora.base_sha256(model) if config.model.lora and accelerator.is_main_process else None
         model.config.use_cache = False  # type: ignore[union-attr]  # a cache of keys and values serves generation only
         if config.train.activation_checkpointing:
             checkpoint_activations(model)
         prove(config, model, config.model.called, accelerator.device, stays=job.sharding.kind == "replicated")
         optimizer = make_optimizer(model, config.optim)
-        engine = make_engine(job.sharding.kind, accelerator, model, optimizer, config.optim.max_grad_norm)
+        clip, given = config.optim.max_grad_norm, lora.given(model)
+        engine = make_engine(job.sharding.kind, accelerator, model, optimizer, clip, given)
         check_live(job.sharding, engine, config)
-        keeper = Keeper(accelerator, config, job, engine, watch)
+        keeper = Keeper(accelerator, config, job, engine, watch, base)
         keeper.restore()
         engine.settle(plan.block_size)
         observer = Observer(accelerator, config, job, engine, keeper)

@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 
 import torch
+from lora_rows import verdict as verdict_of_adapters
 
 from clm_dist.checkpoint import content
 from clm_dist.checkpoint.folder import newest_whole
 from clm_dist.data.prepared import open_blocks, open_prepared
 from clm_dist.data.tokenize import load_tokenizer, token_ids
 from clm_dist.errors import UserError
+from clm_dist.model.architectures import BY_TYPE
 from clm_dist.model.build import build_model, checkpoint_activations, load_model
 from clm_dist.model.causality import check_causality
 from clm_dist.model.configuration import model_configuration, row_of
@@ -175,8 +177,13 @@ def compiled(config) -> str:
     return verdict(abs(loss / exact - 1) < 1e-5, f"loss {loss:.6f}, eager {exact:.6f}")
 
 
+def adapters(config) -> str:
+    return verdict_of_adapters(BY_TYPE[config.model.type])
+
+
 # what is looked at every time, and what takes longer
 LOOKS = {
+    "lora": adapters,
     "causal": causal,
     "gradients": all_trained,
     "checkpointing": activation_checkpointing,

@@ -23,8 +23,8 @@ from clm_dist.errors import UserError
 from clm_dist.training import publishing
 from clm_dist.watch.watch import Watch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import cells
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+import cells  # noqa: E402
 
 STEPS = 30
 RESUMED = ("gpt2", "llama", "phi", "mixtral", "mamba", "rwkv", "bert", "bart", "transfo-xl")  # under ZeRO: of each kind
