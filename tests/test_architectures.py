@@ -214,7 +214,8 @@ def test_every_architecture_is_recorded_with_the_pinned_versions():
         pinned = (ROOT / constraints).read_text()
         assert all(f"{name}=={version}" in pinned for name, version in recorded["versions"].items())
         for proof in matrix.proofs(major):
-            assert set(matrix.CELLS) <= set(proof.cells), proof.row.type
+            needed = set(matrix.CELLS) - (set() if major == 5 or proof.row.lives == (4,) else {"zero2", "zero3"})
+            assert needed <= set(proof.cells), proof.row.type
             assert proof.cells["trained"] == proof.cells["causal"] == proof.cells["our loss"] == "yes", proof.row.type
 
 
