@@ -37,6 +37,7 @@ def hub(monkeypatch, tmp_path, folders):
     """The libraries of this process talk to it, with an empty cache and no token."""
     import datasets
     from huggingface_hub import constants, file_download
+    from transformers.utils import hub as transformers_hub
 
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
@@ -50,6 +51,7 @@ def hub(monkeypatch, tmp_path, folders):
     }
     for name, value in settings.items():
         monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(transformers_hub, "TRANSFORMERS_CACHE", cache, raising=False)  # 4.57 copies it
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     models = dict.fromkeys((OPEN, PRIVATE, GATED), folders / "model")
