@@ -99,14 +99,19 @@ def test_the_meter_counts_each_storage_from_its_making_to_its_end():
     assert (meter.alive, max(meter.history)) == (0, 800)
 
 
+def mask_bytes(layers, t, width):
+    """What 4.57 keeps for the backward pass of one sequence and 5 does not: each layer's T x T mask, as numbers to add."""
+    return layers * t * t * width if MAJOR < 5 else 0
+
+
 def test_dropout_is_counted_as_on_a_gpu():
     """One byte a mask and no T x T matrix: with dropout more is kept than without, but not by the square of T."""
     build = builder(tiny_configuration("gpt2"))
-    on_gpu = [simulate(build, 1, t, "fp32").kept for t in (18, 36)]
+    on_gpu = [simulate(build, 1, t, "fp32").kept - mask_bytes(2, t, 4) for t in (18, 36)]
     on_cpu = [simulate(build, 1, t, "fp32", as_on_gpu=False).kept for t in (18, 36)]
     assert on_gpu[1] == pytest.approx(2 * on_gpu[0], rel=0.01)
     assert on_cpu[1] > 2.2 * on_cpu[0]
-    plain = simulate(builder(without_dropout("gpt2")), 1, 36, "fp32").kept
+    plain = simulate(builder(without_dropout("gpt2")), 1, 36, "fp32").kept - mask_bytes(2, 36, 4)
     # three places a layer and the embeddings, each a byte for each of 36 x 33 elements and no more than an output besides
     assert plain + 5 * 36 * 33 <= on_gpu[1] <= plain + 5 * 36 * 33 * 5
 
@@ -120,6 +125,7 @@ MEASURED = [
 ]
 
 
+@pytest.mark.skipif(MAJOR < 5, reason="measured with transformers 5; 4.57 keeps a T x T mask a layer besides")
 @pytest.mark.parametrize("config, measured, parameters", MEASURED)
 def test_the_peak_on_a_gpu(config, measured, parameters):
     """Weights, two moments and activations: gradients are made when the logits, where the peak is, are gone again. 64 MiB
