@@ -13,7 +13,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS), str(Path(__file__).parent)]
-from conftest import ROOT, launch, write_documents  # noqa: E402
+from conftest import ROOT, execute, launch_command, write_documents  # noqa: E402
 
 from clm_dist.model import matrix, transformers_versions  # noqa: E402
 from clm_dist.model.architectures import FOUR, GUIDE, LATER  # noqa: E402
@@ -26,6 +26,7 @@ if transformers_versions.MAJOR < 5:
     KINDS = ("gpt2", "bart", "mixtral", "transfo-xl")
     RECORDED = [row.type for row in GUIDE if row.lives == FOUR] + [one for one in KINDS if one != "transfo-xl"]
 PAGE = ROOT / "docs" / "architectures.md"
+HOUR = 3600.0
 BEGIN, END = "<!-- by: clm-dist architectures --markdown -->", "<!-- end -->"
 
 
@@ -44,7 +45,8 @@ def prepare_data(folder: Path) -> None:
 def run(folder: Path, kind: str, types: list[str] | tuple[str, ...]) -> dict[str, dict[str, str]]:
     """The cells of these architectures, trained by two processes. kind: ddp, zero2, zero3; ddp+ looks at more."""
     plain = kind.rstrip("+")
-    done = launch(2, folder, kind, *types, script=Path(__file__).parent / "worker.py", config=plain)
+    program = [str(Path(__file__).parent / "worker.py"), str(folder), kind, *types]
+    done = execute(launch_command(2, program, plain), env={"OMP_NUM_THREADS": "1"}, timeout=HOUR)
     results = folder / f"results-{plain}"
     found = {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")} if results.exists() else {}
     missing = set(types) - set(found)
