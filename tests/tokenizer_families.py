@@ -86,7 +86,7 @@ FAMILIES = {
     "roberta": Family(
         lambda: transformers.RobertaTokenizer(**_byte_level(FAIRSEQ)), "</s>", "<pad>", "<s> </s>", encoder="tiktoken"
     ),
-    "llama": Family(lambda: transformers.LlamaTokenizer(**_sentencepiece_bpe()), "</s>", None, "<s>"),
+    "llama": Family(lambda: transformers.LlamaTokenizer(**_sentencepiece_bpe(), add_bos_token=True), "</s>", None, "<s>"),
     "t5": Family(
         lambda: transformers.T5Tokenizer(_unigram(["<pad>", "</s>", "<unk>"]), extra_ids=0), "</s>", "<pad>", "</s>",
         gives_back=False,

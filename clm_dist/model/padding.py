@@ -1,7 +1,7 @@
 """Whether a text holds the id that its model takes for padding wherever it stands.
 
-RoBERTa and its kin number positions from the padding id on and give it none itself; XLM counts those that are no padding
-and takes the rest off the end. In blocks there is no padding but at their ends, so an id of the text must not be taken for it.
+RoBERTa and its kin number positions from the padding id on and give it none itself; XLM counts what is no padding and
+takes as many places off the end as are. Blocks have padding at their ends alone: no id of the text may be taken for it.
 """
 
 from typing import Any
