@@ -141,6 +141,27 @@ class Blocks:
             return np.full(len(indices), self.block_size, dtype=np.int64)
         return np.asarray(self._used[np.asarray(indices, dtype=np.int64)], dtype=np.int64)
 
+    def holds(self, token: int) -> bool:
+        """Whether an id stands anywhere before the padding. Reads blocks until it is found: GB a second."""
+        for start, rows in zip(self._starts, self._batches, strict=False):
+            found = rows == token
+            if self._used is not None and found.any():
+                found &= np.arange(self.block_size) < self._used[start : start + len(rows), None]
+            if found.any():
+                return True
+        return False
+
+    def ids_present(self, size: int) -> np.ndarray:
+        """(size,) bool: which ids below `size` stand anywhere before the padding. Reads all blocks, ten times as slowly."""
+        present = np.zeros(size, dtype=bool)
+        for start, rows in zip(self._starts, self._batches, strict=False):
+            if self._used is None:
+                present[rows] = True
+            else:
+                used = self._used[start : start + len(rows), None]
+                present[rows[np.arange(self.block_size) < used]] = True
+        return present
+
     def document_starts(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """(n, T) bool: whether a document starts at a token. A block may begin in the midst of one."""
         marks = np.zeros((len(indices), self.block_size), dtype=bool)

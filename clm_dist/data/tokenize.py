@@ -21,7 +21,7 @@ HOW_LOADED = ("is_local", "local_files_only", "name_or_path")
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder or Hub id."""
+    """The tokenizer of a folder or Hub id. Where it has no eos_token its sep_token is that (BERT and its kin)."""
     from transformers import AutoTokenizer
 
     path = Path(name)
@@ -32,10 +32,27 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         raise UserError(f"there is no tokenizer at {name}{hint}; give a folder with tokenizer.json, or a Hub id")
     try:
         where = hub.resolve_model(name, revision)
-        return AutoTokenizer.from_pretrained(name, **where, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, **where, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         remedy = "or give a folder with tokenizer.json as data.tokenizer"
         raise hub.refused(error, "model", name, revision, "the tokenizer", remedy) from None
+    if tokenizer.eos_token is None and tokenizer.sep_token is not None:
+        # here and nowhere else, so that blocks, samples, the exported folder and its `generate` agree where a text ends
+        tokenizer.eos_token = tokenizer.sep_token
+    return tokenizer
+
+
+def document_end(config: Config, tokenizer: Any) -> int | None:
+    """The id that stands after each document; None where the recipe wants none. UserError where there is none."""
+    if not config.data.append_eos:
+        return None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"data.append_eos=true, but the tokenizer of {tokenizer_name(config)} has neither an eos_token nor a sep_token "
+            "to end documents with; name one of its tokens as eos_token in its tokenizer_config.json, or set "
+            "data.append_eos=false: then nothing stands between documents"
+        )
+    return int(tokenizer.eos_token_id)
 
 
 def load_tokenizer_of(config: Config) -> Any:

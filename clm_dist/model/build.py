@@ -32,6 +32,7 @@ def build_model(config: ModelConfig, built: Any, seed: int, vocab_size: int = 0)
         model = model.float()
         _generate_left_to_right(model)
     freeze_unused(model)
+    _learn_every_row(model)
     if config.lora is not None:
         lora.adapt(model, config.lora, seed)
     return model
@@ -76,6 +77,14 @@ def freeze_unused(model: Any) -> None:
         for name, parameter in model.named_parameters():
             if part in name:
                 parameter.requires_grad_(False)
+
+
+def _learn_every_row(model: Any) -> None:
+    """`nn.Embedding(padding_idx=...)` has no gradient for the row of the padding id. Where that is also the end of documents
+    (`pad_token = eos_token`, as is often set), a model would never learn what it means to have read one."""
+    for module in model.get_input_embeddings().modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None
 
 
 def _generate_left_to_right(model: Any) -> None:

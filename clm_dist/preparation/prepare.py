@@ -55,6 +55,8 @@ def prepare(config: Config, shard: Shard | None = None, workers: int | None = No
     corpus = Corpus(config.data, open_sources(config.data))
     # before the data, which may be large: a wrong name is told before it is fetched
     tokenizer = None if config.data.tokenizer_vocab_size else tokenize.load_tokenizer_of(config)
+    if tokenizer is not None:
+        tokenize.document_end(config, tokenizer)  # or a refusal
     identity = identity_of(corpus.sources)
     if (target / MANIFEST).exists():
         manifest = read_manifest(config.data.prepared_dir)
@@ -76,7 +78,7 @@ def prepare(config: Config, shard: Shard | None = None, workers: int | None = No
             with work.alone("plan"):  # one process trains it, the others wait
                 tokenizer = trained_tokenizer(config.data, corpus, work)
         choice = choose(tokenizer, corpus.sample(SAMPLE_CHARACTERS), encoder)
-        progress = _encode(config, corpus, work, choice, tokenizer.eos_token_id, shard, workers)
+        progress = _encode(config, corpus, work, choice, tokenizer, shard, workers)
         if progress.missing:
             print(f"{shard} is done; {progress}")
             return
@@ -108,16 +110,18 @@ def work_key(config: Config, identity: Any, tokenizer_sha256: str | None) -> str
 
 
 def _encode(
-    config: Config, corpus: Corpus, work: WorkFolder, choice: Choice, eos: int | None, shard: Shard, workers: int | None
+    config: Config, corpus: Corpus, work: WorkFolder, choice: Choice, tokenizer: Any, shard: Shard, workers: int | None
 ) -> Progress:
     """Makes the units that are this shard's and not there yet."""
-    data = config.data
-    if data.append_eos and eos is None:
-        raise UserError("data.append_eos=true but the tokenizer has no end-of-text token; set data.append_eos=false")
+    data, end = config.data, tokenize.document_end(config, tokenizer)
     print(f"tokenising with {choice.reason}")
+    if end is not None and end == tokenizer.sep_token_id:
+        print(
+            f"documents end with {tokenizer.eos_token}, the tokenizer's separator (data.append_eos=false: with nothing)"
+        )
     task = Task(
         choice=choice,
-        eos_token_id=eos if data.append_eos else None,
+        eos_token_id=end,
         separator=data.text_separator,
         split_seed=data.split_seed,
         deduplicate=data.deduplicate,

@@ -9,11 +9,12 @@ from clm_dist.config import Config
 from clm_dist.data.blocks import Blocks
 from clm_dist.data.manifest import Manifest
 from clm_dist.data.prepared import open_blocks, open_prepared
-from clm_dist.data.tokenize import load_tokenizer, token_ids
+from clm_dist.data.tokenize import load_tokenizer, token_ids, vocab_size
 from clm_dist.ledger.ledger import last_row
 from clm_dist.model import lora
 from clm_dist.model.configuration import model_configuration
 from clm_dist.model.generate import prompt_ids
+from clm_dist.model.padding import looks_for_padding, no_padding, padding_id
 from clm_dist.model.positions import check_fits, max_positions
 from clm_dist.publish.courier import check_installed, destinations
 from clm_dist.training import run_folder
@@ -62,9 +63,12 @@ def open_job(config: Config, overwrite: bool, run: bool = True) -> Job:
         config.model.called,
         bool(config.model.pad_vocab_to_multiple_of),
     )
-    for prompt in config.generate.prompts:
-        prompt_ids(tokenizer, prompt, config.generate, max_positions(built))
+    prompts = [
+        prompt_ids(tokenizer, prompt, config.generate, max_positions(built)) for prompt in config.generate.prompts
+    ]
     train_blocks, eval_blocks = (open_blocks(config, manifest, split) for split in ("train", "eval"))
+    if looks_for_padding(built):
+        _check_padding(config, built, (train_blocks, eval_blocks), prompts, tokenizer)
     plan = make_plan(config, len(train_blocks), launched_world_size())
     sharded = sharding(config, plan, built)
     data = data_sha256(manifest.key, manifest.files)
@@ -75,6 +79,20 @@ def open_job(config: Config, overwrite: bool, run: bool = True) -> Job:
         *(manifest, data, train_blocks, eval_blocks, tokenizer, built, plan),
         *(sharded, overwrite, finished),
     )
+
+
+def _check_padding(
+    config: Config, built: Any, splits: tuple[Blocks, Blocks], prompts: list[list[int]], tokenizer: Any
+) -> None:
+    """UserError where blocks or prompts hold the id that the model takes for padding, or where it has none."""
+    found = padding_id(built)
+    if found is not None and not any(split.holds(found) for split in splits) and not any(found in p for p in prompts):
+        return
+    size = vocab_size(tokenizer)
+    present = splits[0].ids_present(size) | splits[1].ids_present(size)
+    present[[token for prompt in prompts for token in prompt]] = True
+    trained = config.model.type is None and not config.model.from_scratch
+    raise no_padding(built, present, tokenizer, config.data.block_size, config.model.called, trained)
 
 
 def _goes_on(config: Config, data: str, plan: Plan) -> bool:

@@ -19,7 +19,9 @@ from accelerate.state import AcceleratorState, GradientState
 
 import clm_dist.training.train as training
 from clm_dist import recipe
+from clm_dist.data.tokenize import load_tokenizer
 from clm_dist.errors import UserError
+from clm_dist.model.architectures import BY_TYPE
 from clm_dist.training import publishing
 from clm_dist.watch.watch import Watch
 
@@ -27,6 +29,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import cells  # noqa: E402
 
 STEPS = 30
+NO_BYTE = "\u00ff"  # 0xff, as byte-level BPE writes it
 RESUMED = ("gpt2", "llama", "phi", "mixtral", "mamba", "rwkv", "bert", "bart", "transfo-xl")  # under ZeRO: of each kind
 FOLDER, KIND, *TYPES = sys.argv[1:]
 KIND, LONGER = KIND.rstrip("+"), KIND.endswith("+")
@@ -44,13 +47,21 @@ def values(type_: str, run: Path, **train) -> dict:
             "tokenizer_vocab_size": 300,
             "block_size": 32,
         },
-        "model": {"type": type_, "preset": "tiny"},
+        "model": {"type": type_, "preset": "tiny", "config": padding(type_)},
         "optim": {"lr": 5e-3},
         "train": {"max_steps": STEPS, "global_batch_size": 8, "log_every": 5, "mixed_precision": "no", **train},
         "checkpoint": {"save_every": STEPS // 2, "asynchronous": False},
         "evaluate": {"micro_batch_size": 8, "every_steps": STEPS},
         "generate": {"prompts": ["the cat"], "max_new_tokens": 6, "do_sample": False},
     }
+
+
+def padding(type_: str) -> dict[str, int]:
+    """An id that no text has, for those that look for padding in it: a byte that UTF-8 never has."""
+    if type_ not in BY_TYPE or not BY_TYPE[type_].needs_padding:
+        return {}
+    tokenizer = load_tokenizer(f"{FOLDER}/prepared/tokenizer")
+    return {"pad_index" if type_ == "xlm" else "pad_token_id": tokenizer.convert_tokens_to_ids(NO_BYTE)}
 
 
 def train(type_: str, run: Path, **options) -> recipe.Config:
