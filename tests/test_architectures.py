@@ -212,7 +212,8 @@ def test_every_architecture_is_recorded_with_the_pinned_versions():
     for major, constraints in ((5, "constraints.txt"), (4, "constraints-legacy.txt")):
         recorded = matrix.recorded(major)
         pinned = (ROOT / constraints).read_text()
-        assert all(f"{name}=={version}" in pinned for name, version in recorded["versions"].items())
+        for name, version in recorded["versions"].items():
+            assert f"{name}=={version.partition('+')[0]}\n" in pinned, name
         for proof in matrix.proofs(major):
             needed = set(matrix.CELLS) - (set() if major == 5 or proof.row.lives == (4,) else {"zero2", "zero3"})
             assert needed <= set(proof.cells), proof.row.type

@@ -108,7 +108,10 @@ def test_the_two_environments_differ_in_what_transformers_takes_and_in_nothing_e
 
 
 def test_templates_are_packaged():
-    assert 'clm_dist = ["publish/templates/*", "cluster/templates/*"]' in (ROOT / "pyproject.toml").read_text()
+    assert (
+        'clm_dist = ["publish/templates/*", "cluster/templates/*", "model/proved/*"]'
+        in (ROOT / "pyproject.toml").read_text()
+    )
 
 
 def test_a_misspelt_key_shows_the_way(tmp_path):

@@ -7,7 +7,7 @@ from clm_dist.config import ModelConfig
 from clm_dist.errors import ConfigError, UserError, nearest
 from clm_dist.model import transformers_versions
 from clm_dist.model.architectures import BY_TYPE, Architecture
-from clm_dist.model.presets import preset_settings
+from clm_dist.model.presets import EXPERTS, preset_settings
 
 # what the library calls some of the guide's names
 _BUILT_AS = {"code_llama": "llama"}
@@ -73,6 +73,13 @@ def told(built: Any) -> str | None:
         return None
     settings = ", ".join(f"{key}={getattr(built, key)}".lower() for key in row.needs)
     return f"{row.name} as a left-to-right language model: {settings} (docs/architectures.md)"
+
+
+def idle_experts(built: Any) -> bool:
+    """Whether experts are modules of their own (transformers 4.57), so that one without a token has no gradient; 5 holds
+    all experts of a layer in one tensor."""
+    counts = [getattr(built.get_text_config(), name, None) for name in EXPERTS]
+    return transformers_versions.MAJOR < 5 and any(isinstance(one, int) and one > 1 for one in counts)
 
 
 def away_from_home(built: Any) -> list[str]:

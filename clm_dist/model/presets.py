@@ -4,6 +4,7 @@ from typing import Any
 
 from clm_dist.model.architectures import PRESETS, Architecture, Size
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # what architectures call the same thing; those that a configuration has are set
 _NAMES = {
     "wide": (
@@ -23,7 +24,7 @@ _NAMES = {
         *("ffn_hidden_size", "feed_forward_size"),
     ),
     "head": ("head_dim", "d_head", "dim_head", "attention_head_size"),
-    "experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "experts": EXPERTS,
 }
 _KEY_VALUE_HEADS = "num_key_value_heads"
 

@@ -19,6 +19,7 @@ from clm_dist.engine.make import make_engine
 from clm_dist.errors import RunError, UserError
 from clm_dist.ledger.ledger import DIGEST_MODULUS
 from clm_dist.model.build import build_model, checkpoint_activations
+from clm_dist.model.configuration import idle_experts
 from clm_dist.training import train as training
 from clm_dist.training.batches import Batches
 from clm_dist.training.job import Job, open_job
@@ -71,7 +72,7 @@ def check(config: Config) -> list[str]:
         )
     job = open_job(config, overwrite=False, run=False)
     plan = job.plan
-    accelerator = start(config.train.mixed_precision, job.sharding.settings)
+    accelerator = start(config.train.mixed_precision, job.sharding.settings, idle_experts(job.model_configuration))
     engine = _engine(accelerator, config, job)
     batches = Batches(job.train_blocks, config.train.isolate_documents, accelerator.device)
     live = [_live_step(config, job, engine, batches, number) for number in range(min(STEPS, plan.max_steps))]

@@ -81,8 +81,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     stopped = False
-    # what is gathered in inference mode could not be trained with afterwards
-    with torch.no_grad() if sharded else torch.inference_mode():
+    # not inference mode: what is gathered in it, or cached by the model (MEGA's positions), could not be trained with
+    with torch.no_grad():
         turns = range(0, len(starts), accelerator.num_processes)
         for turn in progress(turns, "evaluating", "batches", visible=accelerator.is_main_process):
             if leave is not None and (stopped := leave()):

@@ -69,8 +69,11 @@ def check_launch(mixed_precision: str, environment: Mapping[str, str] = os.envir
     check_precision(mixed_precision)
 
 
-def start(mixed_precision: str, deepspeed: dict[str, Any] | None = None) -> Accelerator:
-    """The Accelerator of this process, with a world of the size that was launched. Every rank must call this."""
+def start(mixed_precision: str, deepspeed: dict[str, Any] | None = None, idle_experts: bool = False) -> Accelerator:
+    """The Accelerator of this process, with a world of the size that was launched. Every rank must call this.
+
+    idle_experts: whether weights of the model may have no gradient in a step, which DDP then has to find out.
+    """
     check_launch(mixed_precision)
     reserve_workspace()
     timeout = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
@@ -82,7 +85,10 @@ def start(mixed_precision: str, deepspeed: dict[str, Any] | None = None) -> Acce
             mixed_precision=mixed_precision,
             # without `cpu` Accelerate sees no way to join two launched processes on a machine without a GPU
             cpu=not torch.accelerator.is_available(),
-            kwargs_handlers=[timeout, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                timeout,
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=idle_experts),
+            ],
         )
     else:
         accelerator = start_deepspeed(mixed_precision, deepspeed, timeout)

@@ -14,6 +14,7 @@ from clm_dist.engine.engine import Engine
 from clm_dist.engine.make import make_engine
 from clm_dist.model import lora
 from clm_dist.model.build import build_model, checkpoint_activations
+from clm_dist.model.configuration import idle_experts
 from clm_dist.model.loss import next_token_nll
 from clm_dist.training import run_folder
 from clm_dist.training.batches import Batch, Batches
@@ -41,7 +42,7 @@ def train(config: Config, overwrite: bool = False, watch: Watch | None = None) -
             print(f"{config.run_dir} is finished; --overwrite trains it again, another run_dir keeps both", flush=True)
         return
     check_hub(config, overwrite)
-    accelerator = start(config.train.mixed_precision, job.sharding.settings)
+    accelerator = start(config.train.mixed_precision, job.sharding.settings, idle_experts(job.model_configuration))
     with run_folder.joined(config, accelerator, watch):
         model = build_model(config.model, job.model_configuration, config.seed, job.manifest.vocab_size)
         base = lora.base_sha256(model) if config.model.lora and accelerator.is_main_process else None
