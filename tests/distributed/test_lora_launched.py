@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY_MODEL, launch, prepare_recipe, read_rows, run_command
+from conftest import TINY_MODEL, prepare_recipe, read_rows, run_command
 from safetensors.torch import load_file, save_file
 
 from clm_dist.checkpoint import content
@@ -55,7 +55,19 @@ def recipe(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run_of(recipe):
+def go_on(launch_warm):
+    """Begins a run, or goes on with it; returns what it said."""
+
+    def launched(recipe, run, config, processes):
+        done = launch_warm(processes, "train", recipe, f"run_dir={run}", config=config)
+        assert done.code == 0, done.err
+        return done.out
+
+    return launched
+
+
+@pytest.fixture(scope="module")
+def run_of(recipe, go_on):
     """run_of(config) -> the folder of a run by two processes that nothing interrupted; one each."""
 
     @functools.cache
@@ -65,12 +77,6 @@ def run_of(recipe):
         return run
 
     return launched
-
-
-def go_on(recipe, run, config, processes):
-    done = launch(processes, "train", recipe, f"run_dir={run}", config=config)
-    assert done.code == 0, done.err
-    return done.out
 
 
 def copy_until(run, step, place):
@@ -139,7 +145,7 @@ def test_engines_agree(run_of):
 @pytest.mark.parametrize(
     "config", ["zero3", *(pytest.param(one, marks=pytest.mark.soak) for one in ("ddp", "zero2", "fsdp2"))]
 )
-def test_going_on_to_the_last_bit(recipe, run_of, tmp_path, config):
+def test_going_on_to_the_last_bit(recipe, run_of, go_on, tmp_path, config):
     whole, run = run_of(config), copy_until(run_of(config), CUT, tmp_path / "run")
     assert f"resumed at step {CUT}" in go_on(recipe, run, config, 2)
     found, expected = saved(run), saved(whole)
@@ -148,7 +154,7 @@ def test_going_on_to_the_last_bit(recipe, run_of, tmp_path, config):
         assert (run / "model" / name).read_bytes() == (whole / "model" / name).read_bytes(), name
 
 
-def test_two_processes_then_one_over_that_base_only(recipe, run_of, tmp_path):
+def test_two_processes_then_one_over_that_base_only(recipe, run_of, go_on, tmp_path):
     """From ZeRO-3's checkpoint by one plain process; over a base of which one value is another it is refused, and nothing
     is written. Shown to fail where the hash is not compared."""
     whole = run_of("zero3")
