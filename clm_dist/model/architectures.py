@@ -146,7 +146,7 @@ GUIDE = (
     Architecture(
         "MEGA", "mega", guide=FUTURE, needs={**_DECODER, "bidirectional": False}, positions="rotary", lives=FOUR,
         sizes=lambda s: {"ema_projection_size": 4, "shared_representation_size": s.wide // 2, "nffn_hidden_size": s.inner},
-        sdpa=NEITHER, checkpointing=NEITHER, generates=False, noise=1e-6,
+        sdpa=NEITHER, checkpointing=NEITHER, generates=False, noise=1e-6, repair="mega",
     ),
     _encoder("Megatron-BERT", "megatron-bert", sdpa=NEITHER),
     Architecture("MPT", "mpt", positions="sinusoidal", sdpa=NEITHER),  # ALiBi, made once for max_seq_len

@@ -27,6 +27,7 @@ def _applied(name: str) -> None:
         "prophetnet": lambda: _prophetnet(_module("prophetnet"), "ProphetNet"),
         "reformer": _reformer,
         "xmod": _xmod,
+        "mega": _mega,
         "qdqbert": _qdqbert,
         "speech_to_text_2": _speech_to_text_2,
         "transfo_xl": _transfo_xl,
@@ -104,6 +105,19 @@ def _xmod() -> None:
 
 
 # Of transformers 4.57 only.
+
+
+def _mega() -> None:
+    """`MegaMultiDimensionDampedEma` keeps, from one evaluation to the next, what it computed of weights that may be others
+    by then: a checkpoint was loaded in between (modeling_mega.py, `get_ema_coefficients`, `get_ema_kernel`)."""
+    average = _module("deprecated.mega").MegaMultiDimensionDampedEma
+
+    def get_ema_kernel(self: Any, length: int) -> torch.Tensor:
+        kernel: torch.Tensor = self._compute_efficient_ema_kernel(min(self.truncation or length, length))
+        return kernel
+
+    average.get_ema_coefficients = average._compute_ema_coefficients
+    average.get_ema_kernel = get_ema_kernel
 
 
 def _qdqbert() -> None:
