@@ -22,7 +22,7 @@ CELLS = {
     "round trip": "the export loads, and its logits are the checkpoint's, to the last bit",
     "resume exact": "from step 15 in two new processes: the same weights at step 30, to the last bit",
     "generate": "the same text before and after the export, and what the model itself finds likeliest",
-    "zero2": "trained, evaluated, exported under DeepSpeed's ZeRO-2 likewise; eight kinds resumed too",
+    "zero2": "trained, evaluated, exported under DeepSpeed's ZeRO-2 likewise; six kinds resumed too",
     "zero3": "the same under ZeRO-3",
     "checkpointing": "activations computed again give the same gradients, to the last bit",
     "bf16": "under autocast the loss is that of fp32 within 2 %",
