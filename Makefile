@@ -37,8 +37,9 @@ test-cluster: $(VENV)/.installed-dev  ## jobs on a real Slurm of two nodes, star
 test-architectures: $(VENV)/.installed-dev  ## every architecture of the guide that transformers 5 has, by two processes
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m architectures tests/architectures
 
+WHICH := architectures
 test-legacy: $(LEGACY)/.installed  ## the same with transformers 4.57, which has those that left
-	OMP_NUM_THREADS=1 $(LEGACY)/bin/python -m pytest -m architectures tests/architectures
+	OMP_NUM_THREADS=1 $(LEGACY)/bin/python -m pytest -m "$(WHICH)" tests/architectures
 
 bench: $(VENV)/.installed-peers  ## ours and the peer in one run; results go to benchmarks/results/
 	$(VENV)/bin/python benchmarks/training.py

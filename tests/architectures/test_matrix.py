@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import execute
-from suite import HERE, KINDS, one_verdict, prepare_data, run
+from suite import HERE, KINDS, RECORDED, one_verdict, prepare_data, run
 
 from clm_dist.model import matrix, transformers_versions
 
@@ -34,12 +34,17 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(folder):
-    """The cells of all, from one launch."""
-    return run(folder, "ddp", HERE)
+def trained(folder, request):
+    """The cells of all that are asked for, from one launch."""
+    asked = {
+        item.callspec.params["type_"] for item in request.session.items if "type_" in getattr(item, "fixturenames", ())
+    }
+    return run(folder, "ddp", [type_ for type_ in HERE if type_ in asked])
 
 
-@pytest.mark.parametrize("type_", HERE)
+@pytest.mark.parametrize(
+    "type_", [type_ if type_ in RECORDED else pytest.param(type_, marks=pytest.mark.soak) for type_ in HERE]
+)
 def test_it_is_trained_and_proved(trained, type_):
     """What counts holds, and every cell is what docs/architectures.md says."""
     cells = trained[type_]
