@@ -15,7 +15,8 @@ BROKEN = {
     "clipping_left_to_auto": "clipped gradients",
     "data_of_another_rank": "blocks",
 }
-ENGINES = ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
+ENGINES = ["ddp", "zero2", "zero3", "fsdp2"]
+ENGINES += [pytest.param(one, marks=pytest.mark.soak) for one in ("zero1", "zero3_offload")]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_a_parameter_that_gets_no_gradient(check, recipe, engine):
 
 
 @pytest.mark.parametrize("precision", ["bf16"])
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", pytest.param("zero3", marks=pytest.mark.soak)])
 @pytest.mark.slow
 def test_low_precision_too(check, recipe, engine, precision):
     done = check(recipe, engine, f"train.mixed_precision={precision}", "train.activation_checkpointing=true")

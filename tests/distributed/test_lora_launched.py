@@ -103,7 +103,7 @@ def losses(run):
     return [row["train/loss"] for row in read_rows(run / "metrics.jsonl") if "train/loss" in row]
 
 
-ENGINES = ["ddp", "zero2", "zero3", pytest.param("fsdp2", marks=pytest.mark.soak)]
+ENGINES = ["ddp", "zero3", *(pytest.param(one, marks=pytest.mark.soak) for one in ("zero2", "fsdp2"))]
 
 
 @pytest.mark.parametrize("config", ENGINES)
@@ -131,15 +131,15 @@ def test_what_a_run_leaves(recipe, run_of, config):
     assert len(sums) == 1 and len(next(iter(sums))) == 64
 
 
-def test_engines_agree(run_of):
-    """Losses of every step to 1e-6; adapters at the end to 1e-4 of the largest."""
-    one, *others = [run_of(config) for config in ("ddp", "zero2", "zero3")]
-    for other in others:
-        assert losses(other) == pytest.approx(losses(one), rel=1e-6) and len(losses(one)) == STEPS
-        for name, tensor in saved(one).items():
-            if name.startswith("model "):
-                found = saved(other)[name]
-                assert (found - tensor).abs().max() <= 1e-4 * tensor.abs().max(), name
+@pytest.mark.parametrize("config", ENGINES[1:])
+def test_engines_agree(run_of, config):
+    """With DDP: losses of every step to 1e-6; adapters at the end to 1e-4 of the largest."""
+    one, other = run_of("ddp"), run_of(config)
+    assert losses(other) == pytest.approx(losses(one), rel=1e-6) and len(losses(one)) == STEPS
+    for name, tensor in saved(one).items():
+        if name.startswith("model "):
+            found = saved(other)[name]
+            assert (found - tensor).abs().max() <= 1e-4 * tensor.abs().max(), name
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_what_others_read(recipe, run_of):
     """transformers reads the merged model, peft the adapter beside the base: the same logits."""
     from peft import PeftModel
 
-    run, base = run_of("zero2"), recipe.parent / "base"
+    run, base = run_of("zero3"), recipe.parent / "base"
     merged = load_model(str(run / "model")).eval()
     adapted = PeftModel.from_pretrained(load_model(str(base)), str(run / "model" / "adapter")).eval()
     ids = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(0))

@@ -66,7 +66,7 @@ def test_an_exception_on_one_rank_ends_all_and_is_named(folder, tmp_path):
         ("data:kill:1:9", "its process is gone"),
         pytest.param("data:hang:1:9", "no progress for", marks=pytest.mark.slow),
         # the launcher takes half a minute to end a process that stands still
-        pytest.param("data:stop:1:9", "no sign of life for", marks=pytest.mark.slow),
+        pytest.param("data:stop:1:9", "no sign of life for", marks=pytest.mark.soak),
     ],
 )
 def test_a_rank_that_is_gone_or_stuck_is_named(folder, tmp_path, fault, reason):

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.distributed
 
 SHORT, LONG = 8, 50  # steps
 MAX_NORM = 0.5
-TWO = ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
-SOAK = [("zero2_offload", 2), ("zero2", 3), ("fsdp2", 3)]
+TWO = ["ddp", "zero2", "zero3", "zero3_offload", "fsdp2"]
+SOAK = [("zero1", 2), ("zero2_offload", 2), ("zero2", 3), ("fsdp2", 3)]
 
 
 class Run:
