@@ -10,6 +10,7 @@ from clm_dist.config import Config
 from clm_dist.engine.engine import Engine
 from clm_dist.engine.make import asked
 from clm_dist.errors import ConfigError, RunError
+from clm_dist.model.configuration import idle_experts
 from clm_dist.planning.deepspeed_checks import Run
 from clm_dist.planning.deepspeed_config import Resolved, problems_with, resolve
 from clm_dist.planning.deepspeed_launch import launch_problems, launched
@@ -51,8 +52,17 @@ class Sharding:
 def sharding(config: Config, plan: Plan, model_configuration: Any) -> Sharding:
     """What this launch asks for; a ConfigError with everything that is wrong with it."""
     found = launched(os.environ)
+    kind = _without_deepspeed(config) if found is None else "zero"
+    if kind != "replicated" and idle_experts(model_configuration):
+        raise ConfigError(
+            [
+                f"{config.model.called} has experts that are modules of their own in transformers 4.57: one without a token "
+                "on a process has no gradient there, and sharded gradients would be summed with those of another; launch with "
+                "accelerate_configs/ddp.yaml, or take transformers 5"
+            ]
+        )
     if found is None:
-        return Sharding(_without_deepspeed(config))
+        return Sharding(kind)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes: dict[str, Any] = {
         "world_size": plan.world_size,
