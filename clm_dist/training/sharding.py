@@ -56,9 +56,9 @@ def sharding(config: Config, plan: Plan, model_configuration: Any) -> Sharding:
     if kind != "replicated" and idle_experts(model_configuration):
         raise ConfigError(
             [
-                f"{config.model.called} has experts that are modules of their own in transformers 4.57: one without a token "
-                "on a process has no gradient there, and sharded gradients would be summed with those of another; launch with "
-                "accelerate_configs/ddp.yaml, or take transformers 5"
+                f"{config.model.called} has experts that are modules of their own in transformers 4.57: one without a "
+                "token on a process has no gradient there, and sharded gradients would be summed with those of another; "
+                "launch with accelerate_configs/ddp.yaml, or take transformers 5"
             ]
         )
     if found is None:
