@@ -1,5 +1,6 @@
 """What tests share: tiny recipes, prepared data, and ways to run the real commands."""
 
+import copy
 import json
 import os
 import random
@@ -138,7 +139,7 @@ def recipe_values(folder: Path, **sections: dict) -> dict:
             "tokenizer_vocab_size": 300,
             "block_size": 16,
         },
-        "model": TINY_MODEL,
+        "model": copy.deepcopy(TINY_MODEL),  # an override is laid into it
         "optim": {"lr": 1e-2},
         "train": {"max_steps": 6, "global_batch_size": 12, "log_every": 1},
         "evaluate": {"micro_batch_size": 4},
