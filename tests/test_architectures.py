@@ -185,11 +185,16 @@ def test_a_preset_is_for_types(tmp_path):
         build(values)
 
 
-def test_attention_that_an_architecture_has_not_is_refused():
+def test_attention_that_an_architecture_has_not_is_refused(tmp_path):
     config = ModelConfig(type="bloom", preset="tiny", attention="sdpa")
     with pytest.raises(UserError, match=r"model\.attention=sdpa"):
         build_model(config, model_configuration(config, IDS), 0)
     eager = ModelConfig(type="gpt2", preset="tiny", attention="eager")
+    model = build_model(eager, model_configuration(eager, IDS), 0)
+    model.save_pretrained(tmp_path)
+    for kind in ("flash_attention_2", "no_such_kind"):  # neither is installed, of one nobody has heard
+        with pytest.raises(UserError, match=rf"^model\.attention={kind} builds no gpt2: .*; correct it"):
+            load_model(str(tmp_path), attention=kind)
     assert build_model(eager, model_configuration(eager, IDS), 0).config._attn_implementation == "eager"
 
 

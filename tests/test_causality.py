@@ -226,3 +226,13 @@ def test_architectures_without_a_row_go_through_the_same_door(type_):
     model = model_of(type_)
     check_causality(model, 48, type_, next_token_nll)
     assert sum(one.numel() for one in model.parameters()) < 1e6
+
+
+def test_a_model_whose_numbers_are_none_is_not_called_a_leaking_one():
+    model = small_gpt2()
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = float("nan")
+    with pytest.raises(
+        UserError, match="logits that are no finite numbers before its first step; give weights that are"
+    ):
+        check_causality(model, 48, "it", next_token_nll)

@@ -53,7 +53,7 @@ class Architecture:
     past_vocabulary: tuple[str, ...] = ()  # ids that have to stand behind the text's
     needs_padding: bool = False  # it numbers positions from the padding id on, or looks for it in every batch
     positions: str = "learned"  # learned, sinusoidal, grown, rotary, alibi, relative, recurrent, axial
-    reserved: int | str = 0  # positions of the table that no token gets; "padding": up to that id
+    reserved: bool = False  # no token gets a position up to the padding id
     # linear layers without LoRA: kernels read their weights past the layer, they are a head, or peft takes them for experts
     no_adapter: tuple[str, ...] = ()
     reversible: bool = False  # its backward pass is its own, and begins only where the embeddings have a gradient
@@ -65,7 +65,6 @@ class Architecture:
     generates: bool = True  # by transformers' own `generate`; else by whole passes
     lives: tuple[int, ...] = BOTH
     repair: str | None = None  # what of the library's code is mended, in repairs.py
-    refused: str | None = None  # why it cannot be trained on text
     noise: float = 0.0  # of the largest logit, that later tokens leave in earlier ones by rounding
     extra: str | None = None  # a package beside transformers
 
@@ -81,7 +80,7 @@ def _encoder(name: str, type_: str, **odd: Any) -> Architecture:
 
 def _roberta(name: str, type_: str, **odd: Any) -> Architecture:
     """Positions from the padding id on; `generate` counts them from 0, and so samples from another model."""
-    return _encoder(name, type_, **{"needs_padding": True, "reserved": "padding", "generates": False, **odd})
+    return _encoder(name, type_, **{"needs_padding": True, "reserved": True, "generates": False, **odd})
 
 
 def _decoder(name: str, type_: str, **odd: Any) -> Architecture:
@@ -164,7 +163,7 @@ GUIDE = (
     _decoder("PLBart", "plbart"),
     Architecture(
         "ProphetNet", "prophetnet", guide=BOTH_WRONG, needs={"ngram": 1, "add_cross_attention": False},
-        needs_padding=True, reserved="padding", sdpa=NEITHER, repair="prophetnet",
+        needs_padding=True, reserved=True, sdpa=NEITHER, repair="prophetnet",
     ),
     Architecture(
         "QDQBert", "qdqbert", guide=FUTURE, needs=_DECODER, lives=FOUR, sdpa=NEITHER, generates=False,
@@ -209,7 +208,7 @@ GUIDE = (
     ),
     Architecture(
         "XLM-ProphetNet", "xlm-prophetnet", guide=BOTH_WRONG, needs={"ngram": 1, "add_cross_attention": False},
-        needs_padding=True, reserved="padding", lives=FOUR, sdpa=NEITHER, generates=False, repair="xlm_prophetnet",
+        needs_padding=True, reserved=True, lives=FOUR, sdpa=NEITHER, generates=False, repair="xlm_prophetnet",
     ),
     _roberta("XLM-RoBERTa", "xlm-roberta"),
     _roberta("XLM-RoBERTa-XL", "xlm-roberta-xl", checkpointing=FIVE),

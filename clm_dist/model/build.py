@@ -54,10 +54,9 @@ def blank_model(config: ModelConfig, built: Any, dtype: torch.dtype | None = Non
         return AutoModelForCausalLM.from_config(built, trust_remote_code=config.trust_remote_code, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError, ImportError) as error:
         said = " ".join(str(error).split())
-        given = f"model.attention={config.attention} and " if config.attention else ""
-        raise UserError(
-            f"{given}model.config={config.config} builds no {built.model_type}: {said}; correct it"
-        ) from None
+        settings = {"model.attention": config.attention, "model.config": config.config or None}
+        given = " and ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
+        raise UserError(f"{given or 'model.config={}'} builds no {built.model_type}: {said}; correct it") from None
 
 
 def outline(config: ModelConfig, built: Any, dtype: torch.dtype | None = None) -> Any:
@@ -140,6 +139,9 @@ def load_model(
     known = built if built is not None else load_configuration(name, revision, trust_remote_code)
     repairs.apply(row_of(known))
     options = {} if attention is None else {"attn_implementation": attention}
+    if attention is not None:  # before weights are fetched: what refuses it then looks like a broken model
+        with torch.device("meta"):
+            blank_model(ModelConfig(name=name, attention=attention, trust_remote_code=trust_remote_code), known)
     try:
         model, loaded = (_maker(known) or AutoModelForCausalLM).from_pretrained(
             name,

@@ -41,7 +41,7 @@ def check_causality(model: Any, block_size: int, name: str, loss: Loss) -> None:
     try:
         with torch.random.fork_rng(), torch.no_grad():
             logits = _logits(model, ids)
-            _check_shape(logits, ids, name)
+            _check_logits(logits, ids, name)
             _check_loss(logits, ids, loss, name)
             for cut in cuts(block_size):
                 changed = torch.where(torch.arange(block_size, device=device) < cut, ids, others)
@@ -94,11 +94,16 @@ def _check_own(moved: torch.Tensor, cut: int, name: str) -> None:
         )
 
 
-def _check_shape(logits: torch.Tensor, ids: torch.Tensor, name: str) -> None:
+def _check_logits(logits: torch.Tensor, ids: torch.Tensor, name: str) -> None:
     if logits.ndim != 3 or logits.shape[:2] != ids.shape:
         raise UserError(
             f"{name} gives logits of shape {tuple(logits.shape)} for {ids.shape[1]} tokens; needed is one row of its "
             "vocabulary for each: take another model"
+        )
+    if not logits.isfinite().all():
+        raise UserError(
+            f"{name} gives logits that are no finite numbers before its first step; give weights that are, or sizes in "
+            "model.config.* that it can begin with"
         )
 
 
@@ -112,7 +117,7 @@ def _check_loss(logits: torch.Tensor, ids: torch.Tensor, loss: Loss, name: str) 
             given = f"{nll[0, place].item():.6g}" if nll.shape == (1, last) else f"of shape {tuple(nll.shape)}"
             raise UserError(
                 f"the loss of {name} at position {place} is {given}, and that of the next token is {by_hand.item():.6g}: it "
-                "is the loss of another token"
+                "is the loss of another token, which is clm-dist's own mistake; report it with the recipe, and train nothing"
             )
 
 

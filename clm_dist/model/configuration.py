@@ -32,7 +32,7 @@ def model_configuration(config: ModelConfig, token_ids: dict[str, int | None]) -
     from huggingface_hub.errors import StrictDataclassError
 
     row = BY_TYPE.get(config.type)
-    _refuse_what_is_refused(row, f"model.type={config.type}")
+    _refuse_elsewhere(row, f"model.type={config.type}")
     architecture = _class(config.type, row)
     plain = architecture()
     _refuse_unknown(plain, config.config)
@@ -62,16 +62,19 @@ def padded(vocab_size: int, multiple: int) -> int:
 
 def row_of(built: Any) -> Architecture | None:
     """What the table knows of a configuration's architecture."""
-    name = built.model_type
+    return _row(built.model_type)
+
+
+def _row(name: str) -> Architecture | None:
     return BY_TYPE.get(_CALLED.get(name, name))
 
 
 def told(built: Any) -> str | None:
-    """What a model had to be told to be a left-to-right one of text, as a line for the screen; None: nothing."""
+    """What a model was told to be a left-to-right one of text, as a line for the screen; None: nothing, or otherwise."""
     row = row_of(built)
-    if row is None or not row.needs:
+    if row is None or not row.needs or any(getattr(built, key) != value for key, value in row.needs.items()):
         return None
-    settings = ", ".join(f"{key}={getattr(built, key)}".lower() for key in row.needs)
+    settings = ", ".join(f"{key}={value}".lower() for key, value in row.needs.items())
     return f"{row.name} as a left-to-right language model: {settings} (docs/architectures.md)"
 
 
@@ -109,8 +112,8 @@ def load_configuration(name: str, revision: str | None = None, trust_remote_code
     try:
         where = hub.resolve_model(name, revision)
         values, _ = PretrainedConfig.get_config_dict(name, **where)
-        row = BY_TYPE.get(_CALLED.get(values.get("model_type", ""), values.get("model_type", "")))
-        _refuse_what_is_refused(row, f"{name} ({row.name if row else None})")
+        row = _row(values.get("model_type", ""))
+        _refuse_elsewhere(row, f"{name} ({row.name if row else None})")
         if row is not None and row.classes is not None:
             plain = transformers_versions.named(row.classes[0]).from_pretrained(name, **where)
         else:
@@ -144,13 +147,9 @@ def _class(type_: str, row: Architecture | None) -> Any:
     return CONFIG_MAPPING[name]
 
 
-def _refuse_what_is_refused(row: Architecture | None, given: str) -> None:
-    """UserError for an architecture that cannot be trained on text, or not with this version of transformers."""
-    if row is None:
-        return
-    if row.refused is not None:
-        raise UserError(f"{given} cannot be trained on text: {row.refused}")
-    if transformers_versions.MAJOR not in row.lives:
+def _refuse_elsewhere(row: Architecture | None, given: str) -> None:
+    """UserError for an architecture that this version of transformers has not."""
+    if row is not None and transformers_versions.MAJOR not in row.lives:
         raise UserError(transformers_versions.elsewhere(given, row))
 
 

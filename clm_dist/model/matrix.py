@@ -1,7 +1,7 @@
 """What was proved of each architecture, with which version of transformers: read from the results of tests/architectures.
 
 `proved/transformers-5.json` and `-4.json`: {"versions": {...}, "rows": {type: {cell: "yes" or "no: why"}}}. Written by
-tests/architectures/record.py; nobody edits them.
+`python tests/architectures/suite.py record`; nobody edits them.
 """
 
 import json
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clm_dist.model.architectures import BOTH, BY_TYPE, GUIDE, LATER, Architecture
+from clm_dist.model.architectures import BY_TYPE, GUIDE, LATER, Architecture
 
 FOLDER = Path(__file__).parent / "proved"
 MAJORS = (5, 4)
@@ -37,12 +37,7 @@ class Proof:
     """One architecture under one version."""
 
     row: Architecture
-    major: int
     cells: dict[str, str]
-
-    def reasons(self) -> list[tuple[str, str]]:
-        """The cells that are not a plain yes, each with why."""
-        return [(cell, self.cells[cell]) for cell in CELLS if self.cells.get(cell, "yes") != "yes"]
 
 
 def recorded(major: int) -> dict[str, Any]:
@@ -54,7 +49,7 @@ def recorded(major: int) -> dict[str, Any]:
 def proofs(major: int) -> list[Proof]:
     """Of every architecture that lives there, in the table's order."""
     rows = recorded(major)["rows"]
-    return [Proof(row, major, rows.get(row.type, {})) for row in (*GUIDE, *LATER) if major in row.lives]
+    return [Proof(row, rows.get(row.type, {})) for row in (*GUIDE, *LATER) if major in row.lives]
 
 
 def as_json() -> dict[str, Any]:
@@ -137,8 +132,3 @@ def _mark(proof: Proof | None) -> str:
 
 def _meaning(cell: str, cells: dict[str, str]) -> str:
     return f"({CELLS[cell]})" if cells.get(cell) == "yes" else ""
-
-
-def is_whole(major: int) -> bool:
-    """Whether every architecture that lives there was tried."""
-    return all(proof.cells for proof in proofs(major)) and major in BOTH

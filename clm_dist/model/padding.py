@@ -61,7 +61,7 @@ def _remedy(built: Any, present: np.ndarray, tokenizer: Any, block_size: int, tr
     key = "pad_index" if "pad_index" in vars(built) else "pad_token_id"
     settings[key] = wanted
     row, positions = row_of(built), max_positions(built)
-    if row is not None and row.reserved == "padding" and positions is not None:
+    if row is not None and row.reserved and positions is not None:
         needed = wanted + 1 + block_size
         if needed > built.max_position_embeddings:
             settings["max_position_embeddings"] = needed

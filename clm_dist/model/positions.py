@@ -22,9 +22,9 @@ def max_positions(built: Any) -> int | None:
     if kind == "axial" and text.axial_pos_embds:
         return math.prod(text.axial_pos_shape)
     found = next((value for field in POSITION_FIELDS if _is_count(value := getattr(text, field, None))), None)
-    if found is None or row is None or row.reserved == 0:
-        return found if found is None or kind != "rotary" else _stretched(text, found)
-    return found - ((text.pad_token_id or 0) + 1 if row.reserved == "padding" else int(row.reserved))
+    if found is not None and row is not None and row.reserved:
+        return found - (text.pad_token_id or 0) - 1
+    return _stretched(text, found) if found is not None and kind == "rotary" else found
 
 
 def check_fits(built: Any, block_size: int, vocab_size: int, name: str, resized: bool = False) -> None:

@@ -52,17 +52,8 @@ class Sharding:
 def sharding(config: Config, plan: Plan, model_configuration: Any) -> Sharding:
     """What this launch asks for; a ConfigError with everything that is wrong with it."""
     found = launched(os.environ)
-    kind = _without_deepspeed(config) if found is None else "zero"
-    if kind != "replicated" and idle_experts(model_configuration):
-        raise ConfigError(
-            [
-                f"{config.model.called} has experts that are modules of their own in transformers 4.57: one without a "
-                "token on a process has no gradient there, and sharded gradients would be summed with those of another; "
-                "launch with accelerate_configs/ddp.yaml, or take transformers 5"
-            ]
-        )
     if found is None:
-        return Sharding(kind)
+        return Sharding(_without_deepspeed(config, model_configuration))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes: dict[str, Any] = {
         "world_size": plan.world_size,
@@ -76,6 +67,7 @@ def sharding(config: Config, plan: Plan, model_configuration: Any) -> Sharding:
     )  # fmt: skip
     run = Run(config, **sizes, device=device)
     problems += [f"{found.source}: {problem}" for problem in problems_with(found.values, run)]
+    problems += _about_experts(config, model_configuration)
     if config.train.mixed_precision == "fp8":
         problems.append("train.mixed_precision=fp8 is not supported under DeepSpeed; set bf16, or launch with ddp.yaml")
     if problems:
@@ -93,11 +85,22 @@ def check_live(wanted: Sharding, engine: Engine, config: Config) -> None:
         raise RunError("\n".join(different))
 
 
-def _without_deepspeed(config: Config) -> str:
+def _about_experts(config: Config, model_configuration: Any) -> list[str]:
+    """What is wrong with sharding a model of which some gradients may not be there."""
+    if not idle_experts(model_configuration):
+        return []
+    return [
+        f"{config.model.called} has experts that are modules of their own in transformers 4.57: one without a token on a "
+        "process has no gradient there, and sharded gradients would be summed with those of another; launch with "
+        "accelerate_configs/ddp.yaml, or take transformers 5"
+    ]
+
+
+def _without_deepspeed(config: Config, model_configuration: Any) -> str:
     kind = asked(os.environ)
     precision = config.train.mixed_precision
     if kind == "fsdp2":
-        problems = []
+        problems = _about_experts(config, model_configuration)
         if os.environ.get("FSDP_VERSION", "1") != "2":
             problems.append(
                 f"the launcher asks for FSDP version {os.environ.get('FSDP_VERSION', '1')}, which is not supported; set "
