@@ -45,9 +45,7 @@ class Architecture:
     name: str  # as the guide writes it
     type: str  # model.type
     guide: str = NEXT_TOKEN
-    needs: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # settings without which it is no left-to-right model of text
+    needs: Mapping[str, Any] = field(default_factory=dict)  # to be a left-to-right model of text
     scratch: Mapping[str, Any] = field(default_factory=dict)  # the same, where no weights are loaded
     sizes: Callable[[Size], dict[str, Any]] = lambda size: {}  # of a preset, beside the usual ones
     past_vocabulary: tuple[str, ...] = ()  # ids that have to stand behind the text's

@@ -48,9 +48,7 @@ class Keeper:
         base_sha256: str | None = None,
     ) -> None:
         self.accelerator, self.config, self.job, self.watch = accelerator, config, job, watch
-        self.base_sha256 = (
-            base_sha256  # of weights that checkpoints leave out, where there are any; on the main process
-        )
+        self.base_sha256 = base_sha256  # of weights that checkpoints leave out, if any; on the main process
         self.engine = engine
         self.run = Path(config.run_dir)
         self.state = TrainState()

@@ -75,9 +75,8 @@ def pages(
 def adapter(config: Config, plain: Any, weights: dict[str, Any]) -> dict[str, bytes]:
     """The adapter's own files, in a folder beside the merged weights: peft's format. weights: all, as they are live."""
     model = config.model
-    of = (
-        None if model.from_scratch or model.name is None else public_values(model.name)
-    )  # a page is public, a path is not
+    # a page is public, a path is not
+    of = None if model.from_scratch or model.name is None else public_values(model.name)
     commit = commit_of(str(model.name), model.revision, "config.json") if of else None
     return lora.adapter_files(plain, weights, of, commit)
 
