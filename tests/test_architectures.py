@@ -174,6 +174,18 @@ def test_the_vocabulary_is_padded_when_asked(tmp_path):
     assert torch.equal(one.get_input_embeddings().weight[:320], load_model(str(tmp_path)).get_input_embeddings().weight)
 
 
+def test_settings_of_another_architecture_are_told_at_once():
+    """As of the demo's recipe, whose sizes are GPT-2's."""
+    with pytest.raises(ConfigError) as caught:
+        built("bert", n_layer=4, n_embd=8, hiden_size=8)
+    near, far = caught.value.problems
+    assert near == "unknown key model.config.hiden_size; did you mean hidden_size?"
+    assert far.startswith(
+        "model.config has n_layer, n_embd, which bert does not know (its sizes: hidden_size, num_hidden_layers"
+    )
+    assert far.endswith("or write model.config={} where they come from another architecture's recipe")
+
+
 def test_a_preset_is_for_types(tmp_path):
     from conftest import recipe_values
 
@@ -193,7 +205,9 @@ def test_attention_that_an_architecture_has_not_is_refused(tmp_path):
     model = build_model(eager, model_configuration(eager, IDS), 0)
     model.save_pretrained(tmp_path)
     for kind in ("flash_attention_2", "no_such_kind"):  # neither is installed, of one nobody has heard
-        with pytest.raises(UserError, match=rf"^model\.attention={kind} builds no gpt2: .*; correct it"):
+        with pytest.raises(
+            UserError, match=rf"^model\.attention={kind} is not to be had for gpt2 here \(.*\); leave it out"
+        ):
             load_model(str(tmp_path), attention=kind)
     assert build_model(eager, model_configuration(eager, IDS), 0).config._attn_implementation == "eager"
 
@@ -250,5 +264,8 @@ def test_the_command_shows_what_is_recorded(capsys):
     assert "here it is given is_decoder=true, add_cross_attention=false" in out and "transformers 4.57" in out
     assert main(["architectures", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["proved"]["transformers-5"]["rows"]["bert"]["trained"] == "yes"
+    assert main(["architectures", "Reformer"]) == 0
+    out = capsys.readouterr().out
+    assert "blocks are a multiple of its chunks of attention" in out and "text is made by a pass over the whole" in out
     assert main(["architectures", "bart_"]) == 2
-    assert "did you mean bart?" in capsys.readouterr().err
+    assert "bart_ is no row of the table; did you mean bart? (what has none is tried by" in capsys.readouterr().err

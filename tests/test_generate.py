@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from clm_dist.config import GenerateConfig
+from clm_dist.config import GenerateConfig, ModelConfig
 from clm_dist.data.tokenize import load_tokenizer
 from clm_dist.errors import UserError
-from clm_dist.model.build import load_model
+from clm_dist.model.build import build_model, load_model
+from clm_dist.model.configuration import model_configuration
 from clm_dist.model.generate import _likely, by_passes, generate, prompt_ids, saved_settings
 
 
@@ -124,3 +125,32 @@ def test_whole_passes_and_a_cache_find_the_same_text(model):
     together = by_passes(model, ids, settings, last, together=True)
     assert together.tolist() == found[:, : found[0].tolist().index(last) + 1].tolist() and len(passes) == 6 > alone
     handle.remove()
+
+
+def test_a_reformer_goes_on_past_its_chunk_without_a_padding_token():
+    """Its last chunk is filled up, and masked: the next token is that of the whole text."""
+    config = ModelConfig(type="reformer", preset="tiny", config={"local_attn_chunk_length": 16})
+    plain = model_configuration(
+        config, {"vocab_size": 60, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    )
+    assert plain.pad_token_id is None
+    reformer = build_model(config, plain, 0).eval()
+    found = by_passes(reformer, torch.tensor([[5, 6, 7]]), GenerateConfig(do_sample=False, max_new_tokens=34), None)
+    assert found.shape == (1, 37)
+    with torch.no_grad():
+        whole = reformer(input_ids=torch.cat((found, torch.full((1, 11), 9)), 1)).logits  # three chunks, none in part
+    assert found[0, 1:].tolist()[2:] == whole[0, 2:36].argmax(-1).tolist()
+
+
+def test_a_prompt_with_the_padding_of_a_model_that_looks_for_it_is_refused(tokenizer):
+    padding = tokenizer("the cat", add_special_tokens=False)["input_ids"][-1]
+    config = ModelConfig(type="roberta", preset="tiny", config={"pad_token_id": padding})
+    roberta = build_model(
+        config, model_configuration(config, {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}), 0
+    )
+    settings = GenerateConfig(max_new_tokens=2)
+    with pytest.raises(
+        UserError, match=rf"the prompt holds '.*' \(id {padding}\), which roberta takes for padding wherever"
+    ):
+        generate(roberta, tokenizer, "the cat", settings, 0)
+    assert generate(roberta, tokenizer, "x", settings, 0).startswith("x")

@@ -54,9 +54,12 @@ def blank_model(config: ModelConfig, built: Any, dtype: torch.dtype | None = Non
         return AutoModelForCausalLM.from_config(built, trust_remote_code=config.trust_remote_code, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError, ImportError) as error:
         said = " ".join(str(error).split())
-        settings = {"model.attention": config.attention, "model.config": config.config or None}
-        given = " and ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
-        raise UserError(f"{given or 'model.config={}'} builds no {built.model_type}: {said}; correct it") from None
+        if config.attention is not None:
+            raise UserError(
+                f"model.attention={config.attention} is not to be had for {built.model_type} here ({said}); leave it out or "
+                "set model.attention=eager, which every architecture has"
+            ) from None
+        raise UserError(f"model.config={config.config} builds no {built.model_type}: {said}; correct it") from None
 
 
 def outline(config: ModelConfig, built: Any, dtype: torch.dtype | None = None) -> Any:

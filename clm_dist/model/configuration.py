@@ -7,7 +7,7 @@ from clm_dist.config import ModelConfig
 from clm_dist.errors import ConfigError, UserError, nearest
 from clm_dist.model import transformers_versions
 from clm_dist.model.architectures import BY_TYPE, Architecture
-from clm_dist.model.presets import EXPERTS, preset_settings
+from clm_dist.model.presets import EXPERTS, preset_settings, size_names
 
 # what the library calls some of the guide's names
 _BUILT_AS = {"code_llama": "llama"}
@@ -75,7 +75,8 @@ def told(built: Any) -> str | None:
     if row is None or not row.needs or any(getattr(built, key) != value for key, value in row.needs.items()):
         return None
     settings = ", ".join(f"{key}={value}".lower() for key, value in row.needs.items())
-    return f"{row.name} as a left-to-right language model: {settings} (docs/architectures.md)"
+    padding = f"; id {built.pad_token_id} is padding to it wherever it stands" if row.needs_padding else ""
+    return f"{row.name} as a left-to-right language model: {settings}{padding} (docs/architectures.md)"
 
 
 def idle_experts(built: Any) -> bool:
@@ -157,6 +158,14 @@ def _refuse_unknown(built: Any, settings: dict[str, Any]) -> None:
     """transformers takes any key in silence; a misspelt one would train another model than was asked for."""
     known = {key for key in dir(built) if not key.startswith("_") and not callable(getattr(type(built), key, None))}
     known |= set(built.attribute_map)
-    problems = [f"unknown key model.config.{key}{nearest(key, known)}" for key in settings if key not in known]
+    unknown = {key: nearest(key, known) for key in settings if key not in known}
+    problems = [f"unknown key model.config.{key}{close}" for key, close in unknown.items() if close.startswith("; did")]
+    strange = [key for key, close in unknown.items() if not close.startswith("; did")]
+    if strange:
+        problems.append(
+            f"model.config has {', '.join(strange)}, which {built.model_type} does not know (its sizes: "
+            f"{', '.join(size_names(built))}); leave them out, or write model.config={{}} where they come from another "
+            "architecture's recipe"
+        )
     if problems:
         raise ConfigError(problems)

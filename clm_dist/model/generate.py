@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from clm_dist.config import GenerateConfig
 from clm_dist.errors import UserError
 from clm_dist.model.configuration import row_of
+from clm_dist.model.padding import check_prompt
 from clm_dist.model.positions import max_positions
 
 
@@ -25,9 +26,9 @@ def generate(
     together: whether each rank gathers its weights from all, so that all have to call this and run equally many passes.
     The global random state is left as it was, so that sampling during training does not change what is learned.
     """
-    input_ids = torch.tensor(
-        [prompt_ids(tokenizer, prompt, settings, max_positions(model.config))], device=model.device
-    )  # (1, T)
+    ids = prompt_ids(tokenizer, prompt, settings, max_positions(model.config))
+    check_prompt(model.config, ids, tokenizer)
+    input_ids = torch.tensor([ids], device=model.device)  # (1, T)
     sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
     was_training = model.training
     model.eval()

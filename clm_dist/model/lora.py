@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 
 from clm_dist.config import LoraConfig
-from clm_dist.errors import UserError
+from clm_dist.errors import UserError, nearest
 from clm_dist.model.configuration import row_of
 
 ADAPTER = "default"  # peft's name for the only one
@@ -157,9 +157,12 @@ def targets(model: Any, config: LoraConfig) -> list[str]:
     known = kinds(linear)
     for one in wanted:
         if not any(_matches(name, (one,)) for name in linear):
+            endings = dict.fromkeys(name.rpartition(".")[2] for name in known)
+            close = nearest(one, endings)
             raise UserError(
                 f"model.lora.target_modules: {one} is no linear layer of {type(model).__name__}, which has "
-                f"{', '.join(known)}; name endings of these, {ALL}, or leave it out"
+                f"{', '.join(known)}{close if close.startswith('; did') else ''}; name endings of these "
+                f"({', '.join(endings)}), {ALL}, or leave it out"
             )
     found, shared = [name for name in linear if _matches(name, wanted)], _shared(model)
     for name in found:

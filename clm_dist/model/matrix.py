@@ -81,8 +81,7 @@ def details(type_: str) -> list[str]:
     lines = [f"{row.name} (model.type={type_})", f"as the guide uses it, it is taught {row.guide}"]
     if row.needs:
         lines.append("here it is given " + ", ".join(f"{key}={value}".lower() for key, value in row.needs.items()))
-    if row.repair is not None:
-        lines.append("its code in transformers is mended when it is built (clm_dist/model/repairs.py)")
+    lines += _facts(row)
     for major in MAJORS:
         versions = recorded(major)["versions"].get("transformers", "5" if major == 5 else "4.57")
         if major not in row.lives:
@@ -92,6 +91,27 @@ def details(type_: str) -> list[str]:
         lines += ["", f"transformers {versions}:"]
         lines += [f"  {cell:<14} {cells.get(cell, 'not tried'):<4} {_meaning(cell, cells)}".rstrip() for cell in CELLS]
     return lines
+
+
+def _facts(row: Architecture) -> list[str]:
+    """What else is special about an architecture, in sentences."""
+    said = []
+    if row.unused:
+        said.append(f"weights that no text reaches are frozen: {', '.join(row.unused)}")
+    if row.repair is not None:
+        said.append("its code in transformers is mended when it is built (clm_dist/model/repairs.py)")
+    if row.positions == "axial":
+        said.append(
+            "blocks are a multiple of its chunks of attention (local_attn_chunk_length), or with axial_pos_embds the "
+            "product of axial_pos_shape; attention by hashes over parts of a block is refused"
+        )
+    else:
+        said.append(f"positions: {row.positions}" + (", numbered from the padding id on" if row.reserved else ""))
+    if row.needs_padding:
+        said.append("one id (pad_token_id) is padding to it wherever it stands: no text may hold it")
+    if not row.generates:
+        said.append("text is made by a pass over the whole of it for each token: transformers' generate says otherwise")
+    return said
 
 
 def markdown() -> str:

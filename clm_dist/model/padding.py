@@ -24,6 +24,15 @@ def padding_id(built: Any) -> int | None:
     return getattr(built, "pad_index", built.pad_token_id)  # XLM's own name; of transformers 5 the same setting
 
 
+def check_prompt(built: Any, ids: list[int], tokenizer: Any) -> None:
+    """UserError where a prompt holds the id that the model takes for padding."""
+    if looks_for_padding(built) and (found := padding_id(built)) in ids:
+        raise UserError(
+            f"the prompt holds {_called(int(found or 0), tokenizer)} (id {found}), which {built.model_type} takes for "
+            "padding wherever it stands; leave it out of the prompt"
+        )
+
+
 def no_padding(built: Any, present: np.ndarray, tokenizer: Any, block_size: int, name: str, trained: bool) -> UserError:
     """What to say where the text holds the id that the model takes for padding, or where it has none.
 

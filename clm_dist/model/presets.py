@@ -44,6 +44,12 @@ def preset_settings(preset: str, plain: Any, row: Architecture | None) -> dict[s
     return settings | (row.sizes(size) if row else {})
 
 
+def size_names(plain: Any) -> list[str]:
+    """What a configuration calls its sizes."""
+    has = plain.to_dict()
+    return [name for names in _NAMES.values() for name in names if name in has]
+
+
 def _of_experts(has: dict[str, Any], size: Size) -> dict[str, Any]:
     wanted = {
         "moe_intermediate_size": size.inner // 2,

@@ -76,7 +76,8 @@ def _prophetnet(module: ModuleType, prefix: str) -> None:
 
 def _reformer() -> None:
     """`_init_attention_seed` and `_init_feed_forward_seed` draw from the operating system (modeling_reformer.py,
-    `torch.seed()`): no two runs would be alike, and what is drawn afterwards neither."""
+    `torch.seed()`): no two runs would be alike, and what is drawn afterwards neither. And a text that fills its last chunk
+    in part is filled up with `pad_token_id`, which need not be there (`_pad_to_mult_of_chunk_length`); it is masked."""
 
     def drawn(name: str) -> Any:
         def seed(self: Any) -> None:
@@ -86,6 +87,18 @@ def _reformer() -> None:
 
         return seed
 
+    model = _module("reformer").ReformerModel
+    original = model._pad_to_mult_of_chunk_length
+
+    def _pad_to_mult_of_chunk_length(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        given = self.config.pad_token_id
+        self.config.pad_token_id = given or 0
+        try:
+            return original(self, *arguments, **keywords)
+        finally:
+            self.config.pad_token_id = given
+
+    model._pad_to_mult_of_chunk_length = _pad_to_mult_of_chunk_length
     layer = _module("reformer").ReformerLayer
     layer._init_attention_seed = drawn("attention_seed")
     layer._init_feed_forward_seed = drawn("feed_forward_seed")

@@ -14,11 +14,12 @@ MAJOR = int(version("transformers").partition(".")[0])
 def elsewhere(given: str, row: Architecture) -> str:
     """What to do about an architecture that lives in the other version only."""
     if row.lives == FOUR:
-        extra = f" {row.extra}" if row.extra else ""
+        extra = f", and pip install --no-deps {row.extra}" if row.extra else ""
         return (
             f"{given} has left transformers 5 (here: {version('transformers')}); {row.name} lives in 4.57: make another "
-            f"environment with pip install 'clm-dist' 'transformers==4.57.6'{extra} and start from there (in a clone: "
-            "make .venv-legacy/.installed), see docs/architectures.md"
+            f"environment with pip install 'clm-dist[legacy]' 'transformers==4.57.6'{extra} (in a clone: make "
+            ".venv-legacy/.installed) and give this command to its clm-dist (.venv-legacy/bin/clm-dist), see "
+            "docs/architectures.md"
         )
     return f"{given} needs transformers 5 (here: {version('transformers')}); pip install 'transformers>=5'"
 

@@ -8,10 +8,12 @@ from clm_dist.data.tokenize import load_tokenizer, tokenizer_sha256
 from clm_dist.errors import UserError
 from clm_dist.model.build import load_model
 from clm_dist.model.configuration import load_configuration
+from clm_dist.model.padding import looks_for_padding
 from clm_dist.model.positions import check_fits
 from clm_dist.training import run_folder
 from clm_dist.training.batches import Batches
 from clm_dist.training.evaluate import Evaluation, evaluate
+from clm_dist.training.job import check_padding
 from clm_dist.training.meter import figures
 from clm_dist.training.proof import prove
 from clm_dist.training.runtime import check_launch, finish, start
@@ -32,12 +34,15 @@ def evaluate_model(config: Config, name: str, revision: str | None, output: str 
     trust = config.model.trust_remote_code
     built = load_configuration(name, revision, trust)
     check_fits(built, config.data.block_size, manifest.vocab_size, name)
-    sha256 = tokenizer_sha256(load_tokenizer(name, revision, trust))
+    tokenizer = load_tokenizer(name, revision, trust)
+    sha256 = tokenizer_sha256(tokenizer)
     if sha256 != manifest.tokenizer_sha256:
         raise UserError(
             f"{name} has another tokenizer (sha256 {sha256[:12]}) than the data was prepared with ({manifest.tokenizer}, "
             f"{manifest.tokenizer_sha256[:12]}); prepare again with data.tokenizer={name} and another data.prepared_dir"
         )
+    if looks_for_padding(built):
+        check_padding(built, (blocks,), [], tokenizer, name, trained=True)
     accelerator = start(config.train.mixed_precision)
     model = load_model(name, built, revision, trust, config.model.attention)
     isolate = config.train.isolate_documents

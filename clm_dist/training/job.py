@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from clm_dist.checkpoint.sameness import data_sha256
 from clm_dist.config import Config
 from clm_dist.data.blocks import Blocks
@@ -68,7 +70,8 @@ def open_job(config: Config, overwrite: bool, run: bool = True) -> Job:
     ]
     train_blocks, eval_blocks = (open_blocks(config, manifest, split) for split in ("train", "eval"))
     if looks_for_padding(built):
-        _check_padding(config, built, (train_blocks, eval_blocks), prompts, tokenizer)
+        trained = config.model.type is None and not config.model.from_scratch
+        check_padding(built, (train_blocks, eval_blocks), prompts, tokenizer, config.model.called, trained)
     plan = make_plan(config, len(train_blocks), launched_world_size())
     sharded = sharding(config, plan, built)
     data = data_sha256(manifest.key, manifest.files)
@@ -81,18 +84,19 @@ def open_job(config: Config, overwrite: bool, run: bool = True) -> Job:
     )
 
 
-def _check_padding(
-    config: Config, built: Any, splits: tuple[Blocks, Blocks], prompts: list[list[int]], tokenizer: Any
+def check_padding(
+    built: Any, splits: tuple[Blocks, ...], prompts: list[list[int]], tokenizer: Any, name: str, trained: bool
 ) -> None:
-    """UserError where blocks or prompts hold the id that the model takes for padding, or where it has none."""
+    """UserError where blocks or prompts hold the id that the model takes for padding, or where it has none.
+
+    trained: whether the model has weights already.
+    """
     found = padding_id(built)
     if found is not None and not any(split.holds(found) for split in splits) and not any(found in p for p in prompts):
         return
-    size = vocab_size(tokenizer)
-    present = splits[0].ids_present(size) | splits[1].ids_present(size)
+    present = np.any([split.ids_present(vocab_size(tokenizer)) for split in splits], axis=0)
     present[[token for prompt in prompts for token in prompt]] = True
-    trained = config.model.type is None and not config.model.from_scratch
-    raise no_padding(built, present, tokenizer, config.data.block_size, config.model.called, trained)
+    raise no_padding(built, present, tokenizer, splits[0].block_size, name, trained)
 
 
 def _goes_on(config: Config, data: str, plan: Plan) -> bool:

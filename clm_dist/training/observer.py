@@ -70,6 +70,9 @@ class Observer:
             self.say(f"{adapters}: {trained:,} parameters, which are trained")
         if (line := told(self.job.model_configuration)) is not None:
             self.say(line)
+        if self.config.model.pad_vocab_to_multiple_of:
+            rows = plain.config.get_text_config().vocab_size
+            self.say(f"embedding of {rows:,} rows for {self.job.manifest.vocab_size:,} tokens")
         self.say(str(self.plan))
         for line in self.job.sharding.lines():
             self.say(line)
