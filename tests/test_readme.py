@@ -90,7 +90,19 @@ def test_every_command_of_the_readme_runs(copy, tmp_path):
     made = {path.name for path in (copy / "runs").iterdir()}
     assert (
         made
-        == {"demo", "eli5_distilgpt2", "two", "local", "nodes", "watched", "again", "long", "again-and-again", "lora"}
+        == {
+            "demo",
+            "eli5_distilgpt2",
+            "two",
+            "local",
+            "nodes",
+            "watched",
+            "again",
+            "long",
+            "again-and-again",
+            "lora",
+            "bert",
+        }
         | SHARDED
     )
     assert (copy / "best.json").is_file() and (copy / "runs" / "demo" / "report.html").is_file()

@@ -103,7 +103,7 @@ def _check_logits(logits: torch.Tensor, ids: torch.Tensor, name: str) -> None:
     if not logits.isfinite().all():
         raise UserError(
             f"{name} gives logits that are no finite numbers before its first step; give weights that are, or sizes in "
-            "model.config.* that it can begin with"
+            "model.config.* that it can begin with (model.check_causality=false trains it all the same)"
         )
 
 

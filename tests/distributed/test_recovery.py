@@ -128,7 +128,9 @@ def test_replay_shows_the_batch_that_overflows(folder, tmp_path):
         f"run_dir={run}",
         "train.micro_batch_size=1",
     ]
-    done = launch(2, "train", folder / "recipe.yaml", *overrides)
+    refused = launch(2, "train", folder / "recipe.yaml", *overrides)
+    assert refused.code and "no finite numbers before its first step" in refused.err and not run.exists()
+    done = launch(2, "train", folder / "recipe.yaml", *overrides, "model.check_causality=false")
     assert done.code == 1, done.err
     failure = json.loads((run / "failure.json").read_text())
     step = int(re.search(r"step (\d+): the loss is", failure["error"])[1])
