@@ -114,6 +114,16 @@ class TrainConfig(Section):
         description="Keep only each block's input for backward and compute the rest again: less memory, a third more "
         "computation, the same result.",
     )
+    chunked_loss: bool = Field(
+        True,
+        description="Compute the head and the loss for some tokens at a time: the logits of a batch, the largest thing in a "
+        "small model's training, are never whole. Off: all at once, to compare with.",
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="torch.compile of the model's blocks. auto: on a GPU without DeepSpeed, for architectures that are proved "
+        "to compile; a CPU would compile for minutes.",
+    )
     deterministic: bool = Field(
         True,
         description="On a GPU: only kernels that give the same bits every time, so that a resumed run is one never stopped.",

@@ -10,12 +10,14 @@ from accelerate import Accelerator
 
 from clm_dist.checkpoint.content import Tensors
 from clm_dist.checkpoint.saved import Saved
+from clm_dist.model.objective import Objective
 
 
 class Engine(ABC):
     """A model with its optimizer, on this rank. Every rank has one and makes every call."""
 
     name: str  # for the screen
+    objective: Objective  # what of the model is learned
     given: frozenset[str] = frozenset()  # names of weights that no checkpoint holds: every start has them, frozen
     sharded = False  # whether a forward pass is collective: every rank must then make as many as any other
 

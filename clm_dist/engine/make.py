@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from clm_dist.engine.engine import Engine
+from clm_dist.model.objective import Objective
 
 # what `accelerate launch` sets, by the distributed_type of its configuration
 DEEPSPEED, FSDP = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"
@@ -24,11 +25,13 @@ def make_engine(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     max_norm: float | None,
+    objective: Objective,
     given: frozenset[str] = frozenset(),
 ) -> Engine:
-    """Gives the model to whatever the processes were started for. max_norm: to clip at. given: names of frozen weights that
-    checkpoints leave out. Every rank must call this."""
+    """Gives the model to whatever the processes were started for. max_norm: to clip at. objective: what of it is learned.
+    given: names of frozen weights that checkpoints leave out. Every rank must call this."""
     engine = _made(kind, accelerator, model, optimizer, max_norm)
+    engine.objective = objective
     engine.given = given
     return engine
 

@@ -72,7 +72,7 @@ class Replicated(Engine):
         if isinstance(self.model, DistributedDataParallel):
             self.model.train()
             ids = torch.zeros(1, block_size, dtype=torch.int64, device=self.accelerator.device)
-            self.model(input_ids=ids).logits.sum().backward()
+            self.objective.summed(self.model, {"input_ids": ids}).backward()
             self.model.zero_grad()
 
     def held(self) -> dict[str, Tensors]:

@@ -20,6 +20,7 @@ from clm_dist.errors import RunError, UserError
 from clm_dist.ledger.ledger import DIGEST_MODULUS
 from clm_dist.model.build import build_model, checkpoint_activations
 from clm_dist.model.configuration import idle_experts
+from clm_dist.model.objective import find_objective
 from clm_dist.training import train as training
 from clm_dist.training.batches import Batches
 from clm_dist.training.job import Job, open_job
@@ -99,8 +100,9 @@ def _engine(accelerator: Accelerator, config: Config, job: Job) -> Engine:
     model = _model(config, job)
     if config.train.activation_checkpointing:
         checkpoint_activations(model)
+    objective = find_objective(model, config.train.chunked_loss)
     optimizer = training.make_optimizer(model, config.optim)
-    engine = make_engine(job.sharding.kind, accelerator, model, optimizer, config.optim.max_grad_norm)
+    engine = make_engine(job.sharding.kind, accelerator, model, optimizer, config.optim.max_grad_norm, objective)
     check_live(job.sharding, engine, config)
     engine.settle(job.plan.block_size)
     return engine

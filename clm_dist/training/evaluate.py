@@ -1,6 +1,6 @@
 """Exact evaluation: the sum of nll over the count of tokens, every block once, at every number of processes.
 
-Legend: B sequences, T = block_size, V = vocabulary.
+Legend: B sequences, T = block_size.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from clm_dist.model.loss import next_token_nll
+from clm_dist.model.objective import Objective
 from clm_dist.progress import progress
 from clm_dist.training.batches import Batch, Batches
 
@@ -58,6 +58,7 @@ class Evaluation:
 def evaluate(
     accelerator: Accelerator,
     model: torch.nn.Module,
+    objective: Objective,
     batches: Batches,
     micro_batch_size: int,
     tokens_per_byte: float,
@@ -66,7 +67,7 @@ def evaluate(
 ) -> Evaluation | None:
     """Evaluates `model` on all blocks of `batches`. Every rank must call this; a rank may have nothing to do.
 
-    model: not in a DDP wrapper, since ranks may run different numbers of forward passes.
+    model: not in a DDP wrapper, since ranks may run different numbers of forward passes. objective: of that model.
 
     leave: asked by every rank before each turn; where it says yes, there is no result. sharded: a forward pass is
     collective, so that a rank with nothing to do runs one whose result does not count.
@@ -93,7 +94,7 @@ def evaluate(
                 continue
             first = starts[0] if spare else starts[j]
             batch = batches.batch(range(first, min(first + micro_batch_size, blocks)))
-            sums = _sums(model(**batch.inputs()).logits, batch)
+            sums = _sums(*objective.each(model, batch.inputs(), batch.scored), batch)
             if not spare:
                 table[j] = sums
     model.train(was_training)
@@ -104,10 +105,8 @@ def evaluate(
     return Evaluation(nll=nll, tokens=int(tokens), correct=int(correct), tokens_per_byte=tokens_per_byte)
 
 
-def _sums(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """nll, scored tokens and correct tokens of a batch: (3,) fp64. logits: (B, T, V)."""
-    nll = next_token_nll(logits, batch.input_ids, batch.scored)
-    correct = logits[:, :-1].argmax(-1) == batch.input_ids[:, 1:]
+def _sums(nll: torch.Tensor, correct: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """nll, scored tokens and correct tokens of a batch: (3,) fp64. nll, correct: (B, T - 1)."""
     if batch.scored is None:
         return torch.stack([nll.double().sum(), nll.new_tensor(nll.numel()).double(), correct.sum().double()])
     return torch.stack([nll.double().sum(), batch.scored.sum().double(), (correct & batch.scored).sum().double()])

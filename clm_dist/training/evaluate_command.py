@@ -8,6 +8,7 @@ from clm_dist.data.tokenize import load_tokenizer, tokenizer_sha256
 from clm_dist.errors import UserError
 from clm_dist.model.build import load_model
 from clm_dist.model.configuration import load_configuration
+from clm_dist.model.objective import find_objective
 from clm_dist.model.padding import looks_for_padding
 from clm_dist.model.positions import check_fits
 from clm_dist.training import run_folder
@@ -48,9 +49,12 @@ def evaluate_model(config: Config, name: str, revision: str | None, output: str 
     isolate = config.train.isolate_documents
     model.config.use_cache = False  # type: ignore[union-attr]  # a cache of keys and values serves generation only
     prove(config, model, name, accelerator.device)
+    objective = find_objective(model, config.train.chunked_loss)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     batches = Batches(blocks, isolate, accelerator.device)
-    result = evaluate(accelerator, model, batches, config.evaluate.micro_batch_size, manifest.tokens_per_byte("eval"))
+    result = evaluate(
+        accelerator, model, objective, batches, config.evaluate.micro_batch_size, manifest.tokens_per_byte("eval")
+    )
     assert result is not None  # nobody asked it to leave
     if accelerator.is_main_process:
         print(f"{name}: {figures(result.metrics())}", flush=True)

@@ -73,6 +73,8 @@ class Observer:
         if self.config.model.pad_vocab_to_multiple_of:
             rows = plain.config.get_text_config().vocab_size
             self.say(f"embedding of {rows:,} rows for {self.job.manifest.vocab_size:,} tokens")
+        if (why := self.engine.objective.why) is not None:
+            self.say(f"logits are computed whole, not by chunks: {why}")
         self.say(str(self.plan))
         for line in self.job.sharding.lines():
             self.say(line)
@@ -140,6 +142,7 @@ class Observer:
         result = evaluate(
             self.accelerator,
             self.engine.plain,
+            self.engine.objective,
             Batches(self.job.eval_blocks, self.config.train.isolate_documents, self.accelerator.device),
             self.config.evaluate.micro_batch_size,
             self.job.manifest.tokens_per_byte("eval"),

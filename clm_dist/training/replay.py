@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -15,7 +16,7 @@ from clm_dist.data.tokenize import load_tokenizer, token_ids
 from clm_dist.errors import UserError
 from clm_dist.model.build import build_model
 from clm_dist.model.configuration import model_configuration
-from clm_dist.model.loss import next_token_nll
+from clm_dist.model.objective import Objective, find_objective
 from clm_dist.training import offence
 from clm_dist.training.batches import Batches
 from clm_dist.training.runtime import start
@@ -36,6 +37,7 @@ def replay(run: Path, step: int) -> list[str]:
     model = build_model(random_weights, model_configuration(random_weights, token_ids(tokenizer)), config.seed)
     model.config.use_cache = False  # type: ignore[union-attr]
     content.load_weights(model, Saved([place / offence.WEIGHTS]))
+    objective = find_objective(model, config.train.chunked_loss)
     model = accelerator.prepare_model(model).train()
     batches = Batches(open_blocks(config, manifest, "train"), config.train.isolate_documents, accelerator.device)
     world_size, size = kept_batch["world_size"], kept_batch["micro_batch_size"]
@@ -45,16 +47,18 @@ def replay(run: Path, step: int) -> list[str]:
     for rank in range(world_size):
         for micro_step, indices in enumerate(micro_batches(blocks, rank, world_size, size)):
             torch.manual_seed(step_seed(config.seed, step - 1, micro_step * world_size + rank))
-            loss, worst = _one(accelerator, model, batches, indices)
+            loss, worst = _one(accelerator, model, objective, batches, indices)
             numbers = ", ".join(map(str, indices.tolist()))
             lines.append(f"{rank:>4}  {micro_step:>10}  {loss:>17.6g}  {worst}  {numbers}")
     return lines
 
 
-def _one(accelerator: Accelerator, model: torch.nn.Module, batches: Batches, indices) -> tuple[float, str]:  # type: ignore[no-untyped-def]
+def _one(
+    accelerator: Accelerator, model: torch.nn.Module, objective: Objective, batches: Batches, indices: np.ndarray
+) -> tuple[float, str]:
     """The loss of a micro-batch and the first parameter whose gradient is not finite."""
     batch = batches.batch(indices)
-    nll = next_token_nll(model(**batch.inputs()).logits, batch.input_ids, batch.scored).sum()
+    nll = objective.summed(model, batch.inputs(), batch.scored)
     accelerator.backward(nll)
     bad = [name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
     model.zero_grad()

@@ -1,6 +1,6 @@
 """`train`: one turn of the loop is one optimizer update.
 
-Legend: B micro_batch_size, T block_size, V vocabulary.
+Legend: B micro_batch_size, T block_size.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from clm_dist.engine.make import make_engine
 from clm_dist.model import lora
 from clm_dist.model.build import build_model, checkpoint_activations
 from clm_dist.model.configuration import idle_experts
-from clm_dist.model.loss import next_token_nll
+from clm_dist.model.objective import find_objective
 from clm_dist.training import run_folder
 from clm_dist.training.batches import Batch, Batches
 from clm_dist.training.determinism import same_bits
@@ -50,9 +50,10 @@ def train(config: Config, overwrite: bool = False, watch: Watch | None = None) -
         if config.train.activation_checkpointing:
             checkpoint_activations(model)
         prove(config, model, config.model.called, accelerator.device, stays=job.sharding.kind == "replicated")
+        objective = find_objective(model, config.train.chunked_loss)
         optimizer = make_optimizer(model, config.optim)
         clip, given = config.optim.max_grad_norm, lora.given(model)
-        engine = make_engine(job.sharding.kind, accelerator, model, optimizer, clip, given)
+        engine = make_engine(job.sharding.kind, accelerator, model, optimizer, clip, objective, given)
         check_live(job.sharding, engine, config)
         keeper = Keeper(accelerator, config, job, engine, watch, base)
         keeper.restore()
@@ -111,7 +112,7 @@ def accumulate(
         last = micro_step == plan.gradient_accumulation_steps - 1
         with engine.micro_step(last), same_bits(config.train.deterministic):
             torch.manual_seed(dropout_seed(config.seed, step, micro_step, plan, rank))
-            nll = next_token_nll(engine.model(**batch.inputs()).logits, batch.input_ids, batch.scored).sum()
+            nll = engine.objective.summed(engine.model, batch.inputs(), batch.scored)
             # ranks are averaged over; we want the sum over the tokens of all of them
             engine.backward(nll * (plan.world_size / scored_tokens))
         step_nll += nll.detach()

@@ -1,0 +1,209 @@
+"""The loss of a linear layer's outputs, and its gradients, for some tokens at a time: (N, V) numbers are never whole.
+
+They are the largest thing in a small model's training: 1.6 GB in fp32 for 8 x 1,024 tokens of GPT-2's 50,257, and their
+gradient as much again. A chunk's loss and gradient are made together, while its logits are there (the idea of fused linear
+cross-entropy: Wijmans et al., arXiv:2411.09009; Hsu et al., arXiv:2410.10989), and the next chunk takes its place.
+
+Legend: N tokens, d width, V vocabulary, n tokens of a chunk.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils._triton import has_triton
+
+IGNORED = -100  # cross_entropy's own default for a target that does not count
+# Logits of a chunk: below, matrix products lose their speed; above, nothing is won. Measured (docs/performance.md).
+ELEMENTS_ON_CPU, ELEMENTS_ON_GPU = 2**24, 2**27
+ALIGNMENT = 64  # rows; with GPT-2's 50,257 as they are an H100 multiplies seven times as slowly (docs/performance.md)
+
+# logits (n, V'), targets (n,), scale or cap, which of the two, V -> nats (n,), their gradients by the logits (n, V')
+Kernel = Callable[[torch.Tensor, torch.Tensor, float, bool, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+def summed_nll(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    scale: float = 1.0,
+    cap: float | None = None,
+) -> torch.Tensor:
+    """Summed nats of the targets, (), fp32, with gradients to hidden, weight and bias.
+
+    hidden: (N, d). weight: (V, d). bias: (V,). targets: (N,) int64, IGNORED where none counts. The logits are
+    scale * (hidden @ weight.T + bias), or cap * tanh of that / cap. Under autocast products are in its type, sums in fp32.
+    """
+    total: torch.Tensor = _SummedNll.apply(hidden, weight, bias, targets, scale, cap)  # type: ignore[no-untyped-call]
+    return total
+
+
+@torch.no_grad()
+def each_nll(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    scale: float = 1.0,
+    cap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats of each target, (N,) fp32, 0 where it is IGNORED; and whether it was the likeliest, (N,) bool. No gradients."""
+    matrix, added = _matrix(weight, bias, hidden)
+    nll = torch.empty(len(hidden), device=hidden.device)
+    correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+    for rows in _chunks(len(hidden), len(matrix), hidden.device):
+        logits = _logits(hidden[rows], matrix, added)[:, : len(weight)]
+        logits = _mapped(logits.float(), scale, cap)
+        nll[rows] = F.cross_entropy(logits, targets[rows], ignore_index=IGNORED, reduction="none")
+        correct[rows] = logits.argmax(-1) == targets[rows]
+    return nll, correct
+
+
+class _SummedNll(torch.autograd.Function):
+    """Gradients are made in the forward pass; the backward pass multiplies them by what comes from above."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        scale: float,
+        cap: float | None,
+    ) -> torch.Tensor:
+        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+        matrix, added = _matrix(weight, bias, hidden)
+        kernel = _kernel(hidden.device.type)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if of_hidden else None
+        d_matrix = torch.zeros(matrix.shape, dtype=torch.float32, device=hidden.device) if of_weight else None
+        d_bias = torch.zeros(len(weight), dtype=torch.float32, device=hidden.device) if of_bias else None
+        for rows in _chunks(len(hidden), len(matrix), hidden.device):
+            x = hidden[rows].to(matrix.dtype)
+            nll, d_logits = kernel(_logits(x, matrix, added), targets[rows], cap if cap else scale, bool(cap), len(weight))
+            total += nll.double().sum()
+            if d_hidden is not None:
+                d_hidden[rows] = d_logits @ matrix
+            if d_matrix is not None:
+                _add_product(d_matrix, d_logits, x)
+            if d_bias is not None:
+                d_bias += d_logits[:, : len(weight)].float().sum(0)
+        ctx.save_for_backward(d_hidden, None if d_matrix is None else d_matrix[: len(weight)], d_bias)
+        ctx.types = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, above: torch.Tensor) -> tuple[Any, ...]:
+        found = (
+            None if gradient is None else gradient.mul_(above).to(kind)
+            for gradient, kind in zip(ctx.saved_tensors, ctx.types, strict=True)
+        )
+        return (*found, None, None, None)
+
+
+def _matrix(
+    weight: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias as they are multiplied: in autocast's type, on a GPU with as many rows as it multiplies fast."""
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    rows = -(-len(weight) // ALIGNMENT) * ALIGNMENT if kind != "cpu" else len(weight)
+    if rows == len(weight):
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+    longer = weight.new_zeros((rows, weight.shape[1]), dtype=dtype)
+    longer[: len(weight)] = weight
+    return longer, None if bias is None else F.pad(bias.to(dtype), (0, rows - len(bias)))
+
+
+def _chunks(tokens: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
+    """Rows of the chunks, about equal: a small one at the end would be slow."""
+    most = max(1, (ELEMENTS_ON_CPU if device.type == "cpu" else ELEMENTS_ON_GPU) // vocabulary)
+    size = -(-tokens // max(1, -(-tokens // most)))
+    size = min(most, -(-size // 8) * 8) or 1
+    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+
+
+def _logits(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """(n, V)"""
+    return F.linear(x.to(matrix.dtype), matrix, bias)
+
+
+def _mapped(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
+    if cap is not None:
+        return cap * torch.tanh(logits / cap)
+    return logits if scale == 1 else logits * scale
+
+
+def _add_product(total: torch.Tensor, d_logits: torch.Tensor, x: torch.Tensor) -> None:
+    """total += d_logits.T @ x, in fp32 over the chunks."""
+    if d_logits.dtype == torch.float32:
+        total.addmm_(d_logits.T, x)
+    else:
+        total += d_logits.T @ x
+
+
+@cache
+def _kernel(device: str) -> Kernel:
+    """What makes nats and gradients of a chunk's logits: one pass over them, and one to write."""
+    if device == "cpu":
+        return _in_place
+    if has_triton():
+        return torch.compile(_by_formula, dynamic=None)
+    return _by_formula
+
+
+def _in_place(
+    logits: torch.Tensor, targets: torch.Tensor, number: float, capped: bool, vocabulary: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """On a CPU, where every pass over a chunk counts: torch's softmax is the one that reads and writes it."""
+    kind, rows = logits.dtype, torch.arange(len(logits))
+    slope: torch.Tensor | float
+    logits = logits.float()
+    if capped:
+        logits = logits.div_(number).tanh_()
+        slope = 1 - logits.square()
+        logits.mul_(number)
+    else:
+        slope = number
+        if slope != 1:
+            logits.mul_(slope)
+    counts = targets != IGNORED
+    targets = torch.where(counts, targets, 0)
+    given = logits[rows, targets]
+    largest, where = logits.max(-1)
+    torch.softmax(logits, -1, out=logits)
+    # by the largest probability, whose log is exact: a target's own may be 0
+    nll = torch.where(counts, largest - logits[rows, where].log() - given, 0.0)
+    logits[rows, targets] -= 1
+    if not counts.all():
+        logits.mul_(counts[:, None])
+    if capped or slope != 1:
+        logits.mul_(slope)
+    return nll, logits.to(kind)
+
+
+def _by_formula(
+    logits: torch.Tensor, targets: torch.Tensor, number: float, capped: bool, vocabulary: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For the compiler, which makes two passes of it."""
+    z = logits.float()
+    columns = torch.arange(logits.shape[-1], device=logits.device)
+    slope: torch.Tensor | float = number
+    if capped:
+        bent = torch.tanh(z / number)
+        z, slope = number * bent, 1 - bent * bent
+    else:
+        z = z * number
+    z = torch.where(columns < vocabulary, z, float("-inf"))
+    counts = targets != IGNORED
+    targets = torch.where(counts, targets, 0)
+    lse = z.logsumexp(-1)
+    nll = torch.where(counts, lse - z.gather(1, targets[:, None])[:, 0], 0.0)
+    hit = columns == targets[:, None]
+    gradient = ((z - lse[:, None]).exp() - hit.to(z.dtype)) * slope
+    return nll, torch.where(counts[:, None], gradient, 0.0).to(logits.dtype)
