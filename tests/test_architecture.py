@@ -20,7 +20,7 @@ MAY_KNOW = {
     "ledger": {"data"},
     "planning": {"data", "model"},
     "checkpoint": set(),
-    "engine": {"checkpoint"},
+    "engine": {"checkpoint", "model"},
     "training": {"data", "model", "publish", "watch", "ledger", "checkpoint", "engine", "planning"},
     "cluster": {"data", "ledger", "watch", "planning"},
     "commands": {"data", "preparation", "model", "training", "publish", "watch", "planning", "cluster"},

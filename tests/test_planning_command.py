@@ -42,9 +42,7 @@ def test_an_evaluation_that_does_not_fit_is_made_smaller(recipe, capsys):
     """16 x 300 logits of a sequence take 10 bytes each: in 20.7 GiB there is no room for a million sequences."""
     assert main(["plan", recipe, *ROOM, "evaluate.micro_batch_size=1000000"]) == 0
     out = capsys.readouterr().out
-    [room] = re.findall(
-        r"evaluate.micro_batch_size=1000000 does not fit, logits of (\d+) sequences do; the command", out
-    )
+    [room] = re.findall(r"evaluate.micro_batch_size=1000000 does not fit, (\d+) sequences do; the command", out)
     assert 21.6 * 2**30 * 0.99 / (16 * 300 * 10) < int(room) < 21.62 * 2**30 / (16 * 300 * 10)
     assert f"evaluate.micro_batch_size={room} " in out.splitlines()[-1]
     assert main(["plan", recipe, *ROOM]) == 0

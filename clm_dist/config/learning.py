@@ -121,8 +121,8 @@ class TrainConfig(Section):
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="torch.compile of the model's blocks. auto: on a GPU without DeepSpeed, for architectures that are proved "
-        "to compile; a CPU would compile for minutes.",
+        description="torch.compile of the model's blocks. auto: on a GPU without DeepSpeed, for architectures that are "
+        "proved to compile; a CPU would compile for minutes.",
     )
     deterministic: bool = Field(
         True,

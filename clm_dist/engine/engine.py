@@ -63,7 +63,17 @@ class Engine(ABC):
     def step(self, update: bool) -> None:
         """Clips, updates the weights unless that is withheld, and forgets the gradients. Every rank must call this."""
 
-    def settle(self, block_size: int) -> None:  # noqa: B027
+    @property
+    def guards(self) -> bool:
+        """Whether there is `step_unless`."""
+        return False
+
+    def step_unless(self, bad: torch.Tensor) -> None:
+        """`step`, whose update is left out where `bad`, (), is true, which nobody has to know yet. Every rank must call
+        this."""
+        raise NotImplementedError
+
+    def settle(self, micro_batch_size: int, block_size: int) -> None:  # noqa: B027
         """Whatever would make the first step of a start another than the same step of a run that went on."""
 
     @abstractmethod

@@ -59,10 +59,23 @@ class Replicated(Engine):
         self._stepper.zero_grad()
 
     @property
+    def guards(self) -> bool:
+        return not self.scales
+
+    def step_unless(self, bad: torch.Tensor) -> None:
+        # what a gradient scaler gives the fused kernel, which then leaves weights, moments and their count as they are
+        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        try:
+            self._stepper.step()
+        finally:
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
+        self._stepper.zero_grad()
+
+    @property
     def overflowed(self) -> bool:
         return self.scales and bool(self._stepper.step_was_skipped)
 
-    def settle(self, block_size: int) -> None:
+    def settle(self, micro_batch_size: int, block_size: int) -> None:
         """One pass whose gradients are thrown away, before the first step of every start.
 
         DDP exchanges gradients in buckets, and after its first backward pass makes them anew, in the order in which
@@ -71,7 +84,7 @@ class Replicated(Engine):
         """
         if isinstance(self.model, DistributedDataParallel):
             self.model.train()
-            ids = torch.zeros(1, block_size, dtype=torch.int64, device=self.accelerator.device)
+            ids = torch.zeros(micro_batch_size, block_size, dtype=torch.int64, device=self.accelerator.device)
             self.objective.summed(self.model, {"input_ids": ids}).backward()
             self.model.zero_grad()
 

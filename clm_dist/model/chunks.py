@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils._triton import has_triton
+
+from clm_dist.model.compiled import can_compile
 
 IGNORED = -100  # cross_entropy's own default for a target that does not count
 # Logits of a chunk: below, matrix products lose their speed; above, nothing is won. Measured (docs/performance.md).
@@ -37,7 +38,7 @@ def summed_nll(
     hidden: (N, d). weight: (V, d). bias: (V,). targets: (N,) int64, IGNORED where none counts. The logits are
     scale * (hidden @ weight.T + bias), or cap * tanh of that / cap. Under autocast products are in its type, sums in fp32.
     """
-    total: torch.Tensor = _SummedNll.apply(hidden, weight, bias, targets, scale, cap)  # type: ignore[no-untyped-call]
+    total: torch.Tensor = _SummedNll.apply(hidden, weight, bias, targets, scale, cap)
     return total
 
 
@@ -84,7 +85,9 @@ class _SummedNll(torch.autograd.Function):
         d_bias = torch.zeros(len(weight), dtype=torch.float32, device=hidden.device) if of_bias else None
         for rows in _chunks(len(hidden), len(matrix), hidden.device):
             x = hidden[rows].to(matrix.dtype)
-            nll, d_logits = kernel(_logits(x, matrix, added), targets[rows], cap if cap else scale, bool(cap), len(weight))
+            nll, d_logits = kernel(
+                _logits(x, matrix, added), targets[rows], cap if cap else scale, bool(cap), len(weight)
+            )
             total += nll.double().sum()
             if d_hidden is not None:
                 d_hidden[rows] = d_logits @ matrix
@@ -92,6 +95,7 @@ class _SummedNll(torch.autograd.Function):
                 _add_product(d_matrix, d_logits, x)
             if d_bias is not None:
                 d_bias += d_logits[:, : len(weight)].float().sum(0)
+            del d_logits  # before the next chunk is made
         ctx.save_for_backward(d_hidden, None if d_matrix is None else d_matrix[: len(weight)], d_bias)
         ctx.types = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return total.float()
@@ -152,9 +156,7 @@ def _kernel(device: str) -> Kernel:
     """What makes nats and gradients of a chunk's logits: one pass over them, and one to write."""
     if device == "cpu":
         return _in_place
-    if has_triton():
-        return torch.compile(_by_formula, dynamic=None)
-    return _by_formula
+    return torch.compile(_by_formula) if can_compile() else _by_formula
 
 
 def _in_place(

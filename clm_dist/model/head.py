@@ -37,12 +37,13 @@ class Head:
         if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
             raise UnknownHeadError(f"its output layer is no plain linear layer but {type(layer).__name__}")
         self.layer: nn.Linear = layer
-        self.scale, self.cap, self._shrink = 1.0, None, 1.0
+        self.scale, self._shrink = 1.0, 1.0
+        self.cap: float | None = None
         self._targets: torch.Tensor | None = None
         self._numbers: torch.Tensor | None = None
         self._each: tuple[torch.Tensor, torch.Tensor] | None = None
         self._calls = 0
-        layer.forward = self._forward  # type: ignore[method-assign]
+        layer.forward = self._forward  # type: ignore[method-assign, assignment]
 
     def detach(self) -> None:
         """The layer is as it was."""
@@ -116,8 +117,8 @@ class Head:
     def _check(self, out: torch.Tensor) -> None:
         if out.shape != (1, 1, 1) or out.dtype != torch.float32 or self._calls != 1:
             raise RunError(
-                f"the loss came out of the model as {out.dtype} of shape {tuple(out.shape)} after {self._calls} calls of its "
-                "output layer, not as one number in fp32; set train.chunked_loss=false, which makes all logits at once"
+                f"the loss came out of the model as {out.dtype} of shape {tuple(out.shape)} after {self._calls} calls of "
+                "its output layer, not as one number in fp32; set train.chunked_loss=false, which makes all logits at once"
             )
 
 

@@ -27,9 +27,7 @@ class Objective:
             return self.head.summed(model, inputs, next_tokens(ids, scored))
         return next_token_nll(model(**inputs).logits, ids, scored).sum()
 
-    def each(
-        self, model: Any, inputs: Inputs, scored: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def each(self, model: Any, inputs: Inputs, scored: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Nats of each token but the first of a block, (B, T - 1) fp32, 0 where it is not scored; and whether it was the
         likeliest, bool. Without gradients."""
         ids = inputs["input_ids"]

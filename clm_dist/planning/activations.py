@@ -8,6 +8,7 @@ tensors, for any architecture, attention implementation and precision. The close
 Three things differ between the CPU and a GPU, and are counted as on a GPU: attention is one fused kernel also with dropout
 (on the CPU dropout would bring back the T x T matrix), a dropout mask is one byte an element, and autocast has more
 operations that it computes in fp32 (FP32_ON_GPU; a power is in GPT-2's GELU, and costs it a quarter of its activations).
+And of the chunks in which the loss is computed one is counted, as large as a GPU has them, and so as if there were many.
 
 Legend: B sequences, T = block_size, V = vocabulary.
 """
@@ -26,7 +27,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from clm_dist.model.loss import next_token_nll
+from clm_dist.model import chunks
+from clm_dist.model.head import Head, UnknownHeadError
+from clm_dist.model.objective import Objective
 from clm_dist.model.transformers_versions import without_looking_at_values
 from clm_dist.planning.memory import Activations, Envelope, Line
 from clm_dist.planning.shapes import Shapes
@@ -37,7 +40,6 @@ FP32_ON_GPU = {
     *("exp", "expm1", "group_norm", "layer_norm", "log", "log10", "log1p", "log2", "log_softmax", "logsumexp", "norm"),
     *("pow", "prod", "reciprocal", "renorm", "rsqrt", "sinh", "softmax", "softmin", "softplus", "sum", "tan"),
 }
-SAMPLES = (2, 3)  # B; a single sequence is left out, since its transposed tensors need no copies
 
 
 class NoCheckpointingError(Exception):
@@ -57,17 +59,38 @@ class MicroStep:
         return max(self.alive)
 
 
-def count(build: Callable[[torch.dtype], Any], block_size: int, precision: str, checkpointing: bool) -> Activations:
+def count(
+    build: Callable[[torch.dtype], Any], block_size: int, precision: str, checkpointing: bool, chunked: bool = True
+) -> Activations:
     """Activations of the model that `build` makes in a given type, under FakeTensorMode.
 
     precision: "fp32"; "autocast" (bf16 or fp16 computation on fp32 weights, as DDP trains); "bf16" (weights too, as
-    DeepSpeed does). checkpointing: only the inputs of the layers are kept, and each layer is computed again.
+    DeepSpeed does). checkpointing: only the inputs of the layers are kept, and each layer is computed again. chunked: as
+    `train.chunked_loss`.
     """
-    one, more = (simulate(build, b, block_size, precision, checkpointing) for b in SAMPLES)
+    # a single sequence is left out, since its transposed tensors need no copies; and of fewer the loss is in one chunk
+    few = max(2, -(-chunk_rows(build) // block_size))
+    one, more = (simulate(build, b, block_size, precision, checkpointing, chunked=chunked) for b in (few, few + 1))
     # the same operations in the same order whatever B is: each moment is a line of its own, and so the worst is known
-    # for every B, although it is another one for few sequences (a gradient of an embedding) than for many (the logits)
-    moments = (_line(*pair) for pair in zip(one.alive, more.alive, strict=True))
-    return Activations(_line(one.kept, more.kept), Envelope.over(moments), counted=True)
+    # for every B, although it is another one for few sequences (a gradient of an embedding) than for many (the layers)
+    moments = (_line(few, *pair) for pair in zip(one.alive, more.alive, strict=True))
+    return Activations(_line(few, one.kept, more.kept), Envelope.over(moments), counted=True)
+
+
+def has_head(model: Any) -> bool:
+    """Whether the loss of a model is computed by chunks: without contents nothing can be proved, and so by kind."""
+    try:
+        Head(model).detach()
+    except UnknownHeadError:
+        return False
+    return True
+
+
+def chunk_rows(build: Callable[[torch.dtype], Any]) -> int:
+    """Tokens of a full chunk of the loss on a GPU."""
+    with FakeTensorMode():
+        vocabulary = build(torch.float32).config.get_text_config().vocab_size
+    return max(1, chunks.ELEMENTS_ON_GPU // vocabulary)
 
 
 def formula(shapes: Shapes, vocab_size: int, block_size: int, precision: str, checkpointing: bool) -> Activations:
@@ -76,10 +99,14 @@ def formula(shapes: Shapes, vocab_size: int, block_size: int, precision: str, ch
     width = 4 if precision == "fp32" else 2
     layer = 17 * width * block_size * shapes.width
     kept = shapes.layers * (width * block_size * shapes.width if checkpointing else layer)
-    logits = 12 * block_size * vocab_size  # in fp32: log-probabilities, their gradient, that of the logits
+    # a chunk's logits and their gradient, and the gradients that they make: of the head's weights, in fp32, and of its input
+    head = 4 * vocab_size * shapes.width
+    loss = Line(2 * width * chunks.ELEMENTS_ON_GPU + head, width * block_size * shapes.width)
     weights = 2 * shapes.parameters if precision == "autocast" else 0
-    peak = max(logits, layer) if checkpointing else logits
-    return Activations(Line(weights, kept), Envelope((Line(weights, kept + peak),)), counted=False)
+    moments = [Line(weights + loss.fixed, kept + loss.per_sequence)]
+    if checkpointing:
+        moments.append(Line(weights, kept + layer))
+    return Activations(Line(weights, kept), Envelope.over(moments), counted=False)
 
 
 def simulate(
@@ -89,6 +116,7 @@ def simulate(
     precision: str,
     checkpointing: bool = False,
     as_on_gpu: bool = True,
+    chunked: bool = True,
 ) -> MicroStep:
     """One micro-step of B sequences without contents."""
     with FakeTensorMode():
@@ -100,22 +128,39 @@ def simulate(
                 parameter.grad = torch.zeros_like(parameter)  # gradients are counted elsewhere; these are added to
         ids = torch.zeros(sequences, block_size, dtype=torch.int64)
         meter = Meter()
-        with without_looking_at_values(), _as_on_gpu() if as_on_gpu else nullcontext(), meter:
-            return micro_step(model, ids, precision, meter)
+        with without_looking_at_values(), _as_on_gpu() if as_on_gpu else nullcontext(), meter, one_chunk():
+            return micro_step(model, ids, precision, meter, chunked)
 
 
-def micro_step(model: Any, ids: torch.Tensor, precision: str, meter: "Meter") -> MicroStep:
+def micro_step(model: Any, ids: torch.Tensor, precision: str, meter: "Meter", chunked: bool = True) -> MicroStep:
     """Forward, loss and backward, as training does them."""
     mixed = torch.autocast("cpu", dtype=torch.bfloat16) if precision == "autocast" else nullcontext()
+    kept: list[int] = []
+    layer = model.get_output_embeddings()
+    if isinstance(layer, torch.nn.Module):
+        layer.register_forward_pre_hook(lambda *_: kept.append(meter.alive))
+    objective = Objective(Head(model)) if chunked and has_head(model) else Objective()
+    model.config.use_cache = False
     with mixed:
-        logits = model(input_ids=ids, use_cache=False).logits  # (B, T, V)
-    if precision == "autocast":
-        logits = logits.float()  # as Accelerate does with what leaves a model under autocast
-    kept = meter.alive - logits.untyped_storage().nbytes()
-    nll = next_token_nll(logits, ids).sum()
-    del logits
+        nll = objective.summed(model, {"input_ids": ids})
     nll.backward()
-    return MicroStep(kept, tuple(meter.history))
+    return MicroStep(kept[0] if kept else meter.alive, tuple(meter.history))
+
+
+def gpu_kernel(logits: torch.Tensor, targets: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a GPU's kernel of the loss makes, without the numbers."""
+    return torch.zeros_like(targets, dtype=torch.float32), torch.empty_like(logits)
+
+
+@contextmanager
+def one_chunk() -> Iterator[None]:
+    """The loss of as many tokens as a GPU takes at a time, by as many tensors as it takes for them."""
+
+    def first(tokens: int, vocabulary: int, _: Any) -> Iterator[slice]:
+        yield slice(0, min(tokens, max(1, chunks.ELEMENTS_ON_GPU // vocabulary)))
+
+    with patch.object(chunks, "_chunks", first), patch.object(chunks, "_kernel", lambda _: gpu_kernel):
+        yield
 
 
 class Meter(TorchDispatchMode):
@@ -196,6 +241,6 @@ def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace
     return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
 
 
-def _line(one: int, more: int) -> Line:
-    slope = (more - one) / (SAMPLES[1] - SAMPLES[0])
-    return Line(one - slope * SAMPLES[0], slope)
+def _line(sequences: int, one: int, more: int) -> Line:
+    """Through the bytes of so many sequences, and of one more."""
+    return Line(one - (more - one) * sequences, more - one)

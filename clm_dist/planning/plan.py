@@ -63,7 +63,7 @@ def plan_run(config: Config, cluster: Cluster, recipe: str, overrides: list[str]
     memory, by_formula = _activations(config, built, task)
     found = rows(task, memory)
     best = recommend(found)
-    room = largest_evaluation(best, task, built.get_text_config().vocab_size) if best else 0
+    room = largest_evaluation(best, task, _whole_logits(config, built)) if best else 0
     evaluated = config.evaluate.micro_batch_size
     settings = [f"evaluate.micro_batch_size={room}"] if 0 < room < evaluated else []
     steps, note = _epoch(config, manifest)
@@ -147,7 +147,7 @@ def _evaluation_note(sequences: int, room: int) -> str:
     if sequences <= room:
         return ""
     remedy = f"the command sets {room}" if room else "take larger GPUs or a smaller data.block_size"
-    return f"evaluate.micro_batch_size={sequences} does not fit, logits of {room} sequences do; {remedy}"
+    return f"evaluate.micro_batch_size={sequences} does not fit, {room} sequences do; {remedy}"
 
 
 def _settled(config: Config) -> Config:
@@ -187,6 +187,17 @@ def _epoch(config: Config, manifest: Manifest | None) -> tuple[int | None, str]:
     return steps_of_epochs(1, manifest.splits["train"].blocks, config.train.global_batch_size), ""
 
 
+def _whole_logits(config: Config, built: Any) -> int:
+    """The vocabulary, where logits are made whole; else 0."""
+    import torch
+
+    from clm_dist.planning.activations import has_head
+
+    with torch.device("meta"):
+        chunked = config.train.chunked_loss and has_head(outline(config.model, built))
+    return 0 if chunked else int(built.get_text_config().vocab_size)
+
+
 def _activations(config: Config, built: Any, task: Task) -> tuple[dict[tuple[str, bool], Activations], str]:
     """Activations by (precision, checkpointing), counted; by formula with the reason where a model defies that."""
     from clm_dist.planning import activations
@@ -197,7 +208,9 @@ def _activations(config: Config, built: Any, task: Task) -> tuple[dict[tuple[str
     why = ""
     for precision, checkpointing in progress(sorted(wanted), "counting activations", "micro-step"):
         try:
-            found[precision, checkpointing] = activations.count(build, task.block_size, precision, checkpointing)
+            found[precision, checkpointing] = activations.count(
+                build, task.block_size, precision, checkpointing, config.train.chunked_loss
+            )
         except activations.NoCheckpointingError:
             continue
         except Exception as error:  # whatever a model does with values that are not there

@@ -133,11 +133,16 @@ def largest(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def largest_evaluation(row: Row, task: Task, vocab_size: int) -> int:
-    """Sequences of an evaluation for which a GPU has room beside weights and states: logits as the model gives them, in
-    fp32, and log-probabilities."""
+def largest_evaluation(row: Row, task: Task, whole_logits: int) -> int:
+    """Sequences of an evaluation for which a GPU has room beside weights and states.
+
+    whole_logits: the vocabulary where logits are made whole (as the model gives them, in fp32, and log-probabilities); 0
+    where they are made by chunks: then the widest thing is what one layer computes, for which 34 values a position and
+    channel are enough (Korthikanti et al., arXiv:2205.05198, count 34 bytes that are kept).
+    """
     room = task.cluster.usable - row.parameters - row.optimizer_states - row.buffers
-    return max(0, room // (task.block_size * vocab_size * ((2 if task.mixed else 0) + 2 * FP32)))
+    widest = whole_logits * ((2 if task.mixed else 0) + 2 * FP32) or 34 * FP32 * max(1, task.shapes.width)
+    return max(0, room // (task.block_size * widest))
 
 
 def _row(task: Task, strategy: Strategy, checkpointing: bool, line: Activations) -> Row:

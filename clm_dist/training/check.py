@@ -104,7 +104,7 @@ def _engine(accelerator: Accelerator, config: Config, job: Job) -> Engine:
     optimizer = training.make_optimizer(model, config.optim)
     engine = make_engine(job.sharding.kind, accelerator, model, optimizer, config.optim.max_grad_norm, objective)
     check_live(job.sharding, engine, config)
-    engine.settle(job.plan.block_size)
+    engine.settle(job.plan.micro_batch_size, job.plan.block_size)
     return engine
 
 

@@ -18,7 +18,7 @@ from clm_dist.data.order import step_seed
 from clm_dist.engine.engine import Engine
 from clm_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, RunEnded, RunError, UserError
 from clm_dist.training import offence, run_folder
-from clm_dist.training.agreement import Agreement
+from clm_dist.training.agreement import Agreement, Sums
 from clm_dist.training.batches import Batches
 from clm_dist.training.compare import compare_ranks
 from clm_dist.training.health import Verdict, judge, remember
@@ -92,15 +92,31 @@ class Keeper:
         if checkpoint is None and "rewind" in policies:
             self._save(wait=True)  # there has to be something to go back to
 
-    def verdict(self, nll: torch.Tensor, grad_norm: torch.Tensor, batches: Batches, tokens: int) -> str:
-        """What to do about a step, agreed on by all ranks before the update: update, skip or rewind. Every rank must call
-        this; the step's only sync beside the gradients.
+    def sum_up(self, nll: torch.Tensor, grad_norm: torch.Tensor, batches: Batches) -> Sums:
+        """A step's numbers, summed over all ranks; nobody waits for them yet. Every rank must call this.
 
-        nll: this rank's summed nats of the step. tokens: scored tokens of all ranks.
+        nll: this rank's summed nats of the step.
         """
         # under a scaler gradients overflow now and then by design, and it sees to that itself
-        bad = float(not torch.isfinite(grad_norm)) if not self.engine.scales else 0.0
-        total, bad_ranks, digest = self.agreement.sum(nll, bad, batches.digest)
+        bad = (~torch.isfinite(grad_norm)).double() if not self.engine.scales else 0.0
+        return self.agreement.start(nll, bad, batches.digest)
+
+    def update_ahead(self, sums: Sums) -> bool:
+        """Updates before anybody has seen the step's numbers, where the update itself can leave out one that is not
+        finite: the GPU then never waits for the CPU. Returns whether it did. Every rank must call this."""
+        if not self.engine.guards or self.config.train.on_spike != "ignore":
+            return False
+        total, bad_ranks, _ = sums.on_device
+        self.engine.step_unless(~torch.isfinite(total) | (bad_ranks > 0))
+        return True
+
+    def verdict(self, sums: Sums, nll: torch.Tensor, batches: Batches, tokens: int) -> str:
+        """What to do about a step, the same on all ranks: update, skip or rewind. Every rank must call this; the step's only
+        sync.
+
+        tokens: scored tokens of all ranks.
+        """
+        total, bad_ranks, digest = self.agreement.read(sums)
         self.logbook.read(int(digest), batches.seconds)
         loss = total / tokens
         found = judge(loss, bad_ranks == 0, self.state.losses, self.config.train)

@@ -33,7 +33,15 @@ STOPPED = 5.0  # seconds that a run which was told to stop waits for its courier
 class Observer:
     """Watches a run and writes its folder. Every rank has one and makes every call; the main process writes."""
 
-    def __init__(self, accelerator: Accelerator, config: Config, job: Job, engine: Engine, keeper: Keeper) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: Config,
+        job: Job,
+        engine: Engine,
+        keeper: Keeper,
+        told: str | None = None,
+    ) -> None:
         self.accelerator = accelerator
         self.config = config
         self.job = job
@@ -43,6 +51,7 @@ class Observer:
         self.meter = Meter(job.plan)
         self.folder = Path(config.run_dir)
         self.facts: dict[str, Any] = {"engine": engine.name}  # of the model
+        self._told = told  # what else to say of it at the beginning
         self.metrics: MetricsFile | None = None  # these two on the main process
         self.couriers: Couriers | None = None
 
@@ -73,6 +82,8 @@ class Observer:
         if self.config.model.pad_vocab_to_multiple_of:
             rows = plain.config.get_text_config().vocab_size
             self.say(f"embedding of {rows:,} rows for {self.job.manifest.vocab_size:,} tokens")
+        if self._told is not None:
+            self.say(self._told)
         if (why := self.engine.objective.why) is not None:
             self.say(f"logits are computed whole, not by chunks: {why}")
         self.say(str(self.plan))

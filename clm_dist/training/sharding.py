@@ -68,6 +68,10 @@ def sharding(config: Config, plan: Plan, model_configuration: Any) -> Sharding:
     run = Run(config, **sizes, device=device)
     problems += [f"{found.source}: {problem}" for problem in problems_with(found.values, run)]
     problems += _about_experts(config, model_configuration)
+    if config.train.compile == "on":
+        problems.append(
+            "train.compile=on is not supported under DeepSpeed, whose hooks stand within the blocks; set auto"
+        )
     if config.train.mixed_precision == "fp8":
         problems.append("train.mixed_precision=fp8 is not supported under DeepSpeed; set bf16, or launch with ddp.yaml")
     if problems:

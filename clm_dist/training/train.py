@@ -14,8 +14,10 @@ from clm_dist.engine.engine import Engine
 from clm_dist.engine.make import make_engine
 from clm_dist.model import lora
 from clm_dist.model.build import build_model, checkpoint_activations
+from clm_dist.model.compiled import compile_if_asked
 from clm_dist.model.configuration import idle_experts
 from clm_dist.model.objective import find_objective
+from clm_dist.model.transformers_versions import one_document_a_row
 from clm_dist.training import run_folder
 from clm_dist.training.batches import Batch, Batches
 from clm_dist.training.determinism import same_bits
@@ -51,16 +53,18 @@ def train(config: Config, overwrite: bool = False, watch: Watch | None = None) -
             checkpoint_activations(model)
         prove(config, model, config.model.called, accelerator.device, stays=job.sharding.kind == "replicated")
         objective = find_objective(model, config.train.chunked_loss)
+        told = compile_if_asked(config.train, model, accelerator.device.type, job.sharding.kind)
         optimizer = make_optimizer(model, config.optim)
         clip, given = config.optim.max_grad_norm, lora.given(model)
         engine = make_engine(job.sharding.kind, accelerator, model, optimizer, clip, objective, given)
         check_live(job.sharding, engine, config)
         keeper = Keeper(accelerator, config, job, engine, watch, base)
         keeper.restore()
-        engine.settle(plan.block_size)
-        observer = Observer(accelerator, config, job, engine, keeper)
+        engine.settle(plan.micro_batch_size, plan.block_size)
+        observer = Observer(accelerator, config, job, engine, keeper, told)
         observer.begin()
-        loop(config, job, engine, keeper, observer)
+        with one_document_a_row(certain=not config.train.isolate_documents):
+            loop(config, job, engine, keeper, observer)
         keeper.end(close=observer.close)
         observer.end()
         finish(accelerator)
@@ -80,8 +84,11 @@ def loop(config: Config, job: Job, engine: Engine, keeper: Keeper, observer: Obs
         if keeper.leaving:  # in the midst of a step, which is then done again
             break
         grad_norm = engine.gradient_norm()
-        verdict = keeper.verdict(step_nll, grad_norm, batches, scored_tokens)
-        engine.step(update=verdict == "update")
+        sums = keeper.sum_up(step_nll, grad_norm, batches)
+        ahead = keeper.update_ahead(sums)
+        verdict = keeper.verdict(sums, step_nll, batches, scored_tokens)
+        if not ahead:
+            engine.step(update=verdict == "update")
         if verdict == "rewind":
             continue
         keeper.advance(verdict)

@@ -12,17 +12,18 @@ from clm_dist.cli import main
 from clm_dist.engine.engine import Engine
 from clm_dist.engine.replicated import Replicated
 from clm_dist.engine.zero import Zero
+from clm_dist.model.objective import Objective
 from clm_dist.training.batches import Batches
 
 
 def accumulation_steps_only() -> None:
     """The gradient of each micro-batch's own mean over accumulation steps: right where all have as many tokens."""
-    nll_of, count = training.next_token_nll, Batches.count
+    nll_of, count = Objective.summed, Batches.count
     of_step, of_micro_batch = [1.0], [1.0]
 
-    def nll(logits, input_ids, scored):
-        of_micro_batch[0] = input_ids[:, 1:].numel() if scored is None else float(scored.sum())
-        return nll_of(logits, input_ids, scored)
+    def nll(self, model, inputs, scored=None):
+        of_micro_batch[0] = inputs["input_ids"][:, 1:].numel() if scored is None else float(scored.sum())
+        return nll_of(self, model, inputs, scored)
 
     def noted(self, indices):
         of_step[0] = count(self, indices)
@@ -35,7 +36,7 @@ def accumulation_steps_only() -> None:
 
         return backward
 
-    training.next_token_nll, Batches.count = nll, noted
+    Objective.summed, Batches.count = nll, noted
     for engine in (Replicated, Zero):
         engine.backward = wrong(engine.backward)
 
@@ -67,8 +68,8 @@ def clipping_left_to_auto() -> None:
     """DeepSpeed's `auto` is 1.0; DDP's counterpart is a `clip_grad_norm_` at 1.0 that stands in the script."""
     original = checking.make_engine
 
-    def make_engine(kind, accelerator, model, optimizer, max_norm):
-        engine = original(kind, accelerator, model, optimizer, 1.0)
+    def make_engine(kind, accelerator, model, optimizer, max_norm, objective):
+        engine = original(kind, accelerator, model, optimizer, 1.0, objective)
         if kind == "zero":
             engine.zero.clip_grad = 1.0
         return engine

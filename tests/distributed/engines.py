@@ -33,8 +33,11 @@ def main():
     job = training.open_job(config, overwrite=False)
     accelerator = training.start(config.train.mixed_precision, job.sharding.settings)
     model = training.build_model(config.model, job.model_configuration, config.seed)
+    objective = training.find_objective(model)
     optimizer = training.make_optimizer(model, config.optim)
-    engine = training.make_engine(job.sharding.kind, accelerator, model, optimizer, config.optim.max_grad_norm)
+    engine = training.make_engine(
+        job.sharding.kind, accelerator, model, optimizer, config.optim.max_grad_norm, objective
+    )
     training.check_live(job.sharding, engine, config)
     engine.set_lr(1e-2)
     {"withheld": withheld, "export": exported}[KIND](engine, job)
@@ -48,7 +51,7 @@ def gradients(engine, job, seed, factor=1.0):
         drawn = torch.Generator().manual_seed(100 * seed + 10 * micro_step + int(RANK))
         ids = torch.randint(job.manifest.vocab_size, (2, 16), generator=drawn)
         with engine.micro_step(last=micro_step == 1):
-            loss = training.next_token_nll(engine.model(input_ids=ids).logits, ids).mean()
+            loss = engine.objective.summed(engine.model, {"input_ids": ids}) / ids[:, 1:].numel()
             engine.backward(loss * factor)
     return engine.gradient_norm()
 

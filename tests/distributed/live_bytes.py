@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from clm_dist.engine.make import make_engine
 from clm_dist.model.loss import next_token_nll
+from clm_dist.model.objective import Objective
 from clm_dist.planning.deepspeed_config import resolve
 from clm_dist.planning.deepspeed_launch import read
 from clm_dist.planning.shapes import hidden_size
@@ -126,7 +127,7 @@ def measure(case):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(built).float()
     optimizer = make_optimizer(model, config.optim)
-    engine = make_engine(wanted.kind, accelerator, model, optimizer, config.optim.max_grad_norm)
+    engine = make_engine(wanted.kind, accelerator, model, optimizer, config.optim.max_grad_norm, Objective())
     check_live(wanted, engine, config)
     zero = getattr(engine, "zero", None)
     found = {}

@@ -10,6 +10,7 @@ import clm_dist.training.train as training
 from clm_dist.data.order import micro_batches
 from clm_dist.engine.replicated import Replicated
 from clm_dist.engine.zero import Zero
+from clm_dist.model.objective import Objective
 from clm_dist.training.batches import Batches
 from clm_dist.training.evaluate import Evaluation
 
@@ -58,7 +59,7 @@ def prepared_scheduler() -> None:
 def repeat_evaluation() -> None:
     """`gather_for_metrics(loss.repeat(batch_size))` and a mean over what came: the no-trainer examples' evaluation."""
 
-    def evaluate(accelerator, model, batches, micro_batch_size, tokens_per_byte, leave, sharded):
+    def evaluate(accelerator, model, objective, batches, micro_batch_size, tokens_per_byte, leave, sharded):
         blocks = batches.blocks
         rows = torch.from_numpy(blocks[list(range(len(blocks)))].astype("int64"))
         loader = accelerator.prepare(torch.utils.data.DataLoader(rows, batch_size=micro_batch_size))
@@ -98,8 +99,8 @@ def window_count() -> None:
             yield batches.batch(indices)
 
     scale, now = [1.0], [0, 0]
-    original, order_of = training.next_token_nll, training.blocks_at
-    training.next_token_nll = lambda logits, ids, scored: original(logits, ids, scored) * scale[0]
+    original, order_of = Objective.summed, training.blocks_at
+    Objective.summed = lambda self, *batch: original(self, *batch) * scale[0]
     training.blocks_at = noted
     training.window = window
 

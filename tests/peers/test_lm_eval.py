@@ -23,6 +23,7 @@ from conftest import ROOT, launch, write_blocks
 from clm_dist.data.blocks import Blocks
 from clm_dist.data.tokenize import ids_dtype, load_tokenizer
 from clm_dist.model.build import load_model
+from clm_dist.model.objective import find_objective
 from clm_dist.training.batches import Batches
 from clm_dist.training.evaluate import evaluate
 
@@ -130,13 +131,14 @@ def score(model_folder, folder):
         "each_of_theirs": [-sample["filtered_resps"][0] for sample in samples],
     }
     accelerator, model = Accelerator(cpu=True), load_model(model_folder)
+    objective = find_objective(model)
     for name in ("after_end_of_text", "after_another_token"):
         batches = Batches(Blocks(folder / name), False, accelerator.device)
-        result = evaluate(accelerator, model, batches, 4, tokens_per_byte=1.0)
+        result = evaluate(accelerator, model, objective, batches, 4, tokens_per_byte=1.0)
         figures[name] = {"nll": result.nll, "tokens": result.tokens}
     blocks = Blocks(folder / "after_end_of_text")
     ones = [Batches(One(blocks, i), False, accelerator.device) for i in range(len(blocks))]
-    each = [evaluate(accelerator, model, one, 1, tokens_per_byte=1.0) for one in ones]
+    each = [evaluate(accelerator, model, objective, one, 1, tokens_per_byte=1.0) for one in ones]
     figures["each_of_ours"] = [result.nll for result in each]
     (folder / "figures.json").write_text(json.dumps(figures))
 
