@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from clm_dist import recipe
-from clm_dist.commands.common import quiet_libraries, refuse_launcher
+from clm_dist.commands.common import quiet_hub, quiet_libraries, refuse_launcher
 from clm_dist.config import Config
 from clm_dist.errors import ConfigError, UserError
 
@@ -27,6 +27,7 @@ def prepare(args: argparse.Namespace) -> None:
         raise UserError(f"--workers {args.workers} is no number of processes; give 1 or more")
     shard = Shard.parse(args.shard) if args.shard else Shard()
     if not args.status:
+        quiet_hub()
         check_sources(config.data)
     if not (Path(config.data.prepared_dir) / MANIFEST).exists():  # else there is nothing to do, or a misfit to tell
         quiet_libraries()
