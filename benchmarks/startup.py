@@ -67,6 +67,7 @@ PARTS = {
     "launcher imports": "imports of the launcher",
     "rank imports": "imports of that process, until the first step",
     "share": "share of imports",
+    "cpu": "CPU time of the launcher and both processes until then",
 }
 NOTES = """\
 A cell is median (smallest to largest) of seconds. Wall time from the start of the process to its end; CPU: user and system
@@ -190,11 +191,18 @@ def first_step(checkout: Checkout, folder: Path, run: Path) -> dict[str, float]:
             if process.poll() is not None or time.time() - began > PATIENCE:
                 sys.exit(f"the demo of {checkout.label} took no step (exit code {process.returncode})")
             time.sleep(0.02)
+        cpu = sum(map(cpu_seconds, log.iterdir()))
     finally:
         for one in log.iterdir():  # named after their processes
             end_process(int(one.name))
         process.wait()
-    return parts_of(log, began, ended)
+    return {**parts_of(log, began, ended), "cpu": cpu}
+
+
+def cpu_seconds(log: Path) -> float:
+    """User and system time so far of the process that a log is named after."""
+    fields = Path(f"/proc/{log.name}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def end_process(pid: int) -> None:
