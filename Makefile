@@ -47,6 +47,7 @@ bench: $(VENV)/.installed-peers  ## ours and the peer in one run; results go to 
 	$(VENV)/bin/python benchmarks/read_blocks.py
 	$(VENV)/bin/python benchmarks/checkpoint.py
 	$(VENV)/bin/python benchmarks/trackers.py
+	$(VENV)/bin/python benchmarks/startup.py
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "needs Python 3.11 or later: make PYTHON=/path/to/python3"; exit 2; }

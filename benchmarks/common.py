@@ -27,7 +27,7 @@ def verdict(what: str, ratios: list[float], bound: float) -> str:
 
 def facts(command: str) -> str:
     """The command, and when, where and with what it ran."""
-    from clm_dist.training.run_folder import commit  # imports torch
+    from clm_dist.training.run_folder import commit
 
     cpu = next(iter(re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())), platform.machine())
     used = ", ".join(f"{name} {version}" for name, version in versions().items())

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clm_dist import __version__
+from clm_dist.commands import function_of
 from clm_dist.commands.table import COMMANDS, DESCRIPTION, INTERRUPTED
 from clm_dist.errors import (
     EXIT_FAILED,
@@ -47,9 +48,7 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     interrupted = _remember_interrupts()
     try:
-        from clm_dist import commands
-
-        getattr(commands, args.command.replace(" ", "_"))(args)
+        function_of(args.command)(args)
         sys.stdout.flush()
     except UserError as error:
         lead = f"clm-dist {args.command}:\n" if "\n" in str(error) else f"clm-dist {args.command}: error: "
@@ -98,7 +97,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="clm-dist", description=DESCRIPTION, **layout)
     parser.add_argument("--version", action="version", version=f"clm-dist {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    asked_for_help = bool({"-h", "--help"} & set(argv))
+    asked_for_help = argv[0] if {"-h", "--help"} & set(argv) else None  # of this command
     groups = {"": commands}
     for name, (summary, target, meaning, options) in COMMANDS.items():
         group, _, verb = name.rpartition(" ")
@@ -106,7 +105,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             within = commands.add_parser(group, help=f"commands on {group}", **layout)
             groups[group] = within.add_subparsers(dest="verb", required=True, metavar="COMMAND")
         takes_settings = target == "RECIPE"
-        epilog = _settings_help() if takes_settings and asked_for_help else None
+        epilog = _settings_help() if takes_settings and name == asked_for_help else None
         sub = groups[group].add_parser(verb, help=summary, description=summary, epilog=epilog, **layout)
         if target:
             sub.add_argument(target.lower(), metavar=target, help=meaning)

@@ -51,6 +51,12 @@ def resolve_model(name: str, revision: str | None = None) -> dict[str, Any]:
         return {"revision": revision, "local_files_only": True}
 
 
+def check_name(name: str | None, setting: str, remedy: str) -> None:
+    """Refuses at once what is no folder and cannot be a name on the Hub. setting: where it stands."""
+    if name and not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") > 1):
+        raise UserError(f"{setting}={name}: {_no_folder(name)}; {remedy}")
+
+
 def commit_of(name: str, revision: str | None, file: str) -> str | None:
     """The commit on the Hub that a model was just loaded from, by a file of it in the cache; None for a folder."""
     from huggingface_hub import try_to_load_from_cache
@@ -122,7 +128,7 @@ def explain(error: BaseException, kind: Kind, name: str, revision: str | None = 
     answers = _answers(chain)
     status = answers[-1] if answers else None
     if met(errors.HFValidationError):
-        return f"there is no folder {name}, and a name on the Hub is written owner/name; check the path"
+        return _no_folder(name)
     if met(errors.GatedRepoError) or "is a gated dataset" in str(error):  # `datasets` hides the former
         said = f" ({status})" if status else ""
         return f"the {what} is gated{said}: ask for access on its page, and set HF_TOKEN of the account that has it"
@@ -163,6 +169,10 @@ def refused(error: BaseException, kind: Kind, name: str, revision: str | None, s
         return UserError(f"{setting}={name}: {reason}; {remedy}")
     told = " ".join(str(error.__cause__ or error).split())[:300].rstrip(".")
     return UserError(f"cannot load {setting}={name}: {told}; {remedy}")
+
+
+def _no_folder(name: str) -> str:
+    return f"there is no folder {name}, and a name on the Hub is written owner/name; check the path"
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -1,9 +1,11 @@
-"""Versions of what a result depends on."""
+"""Versions of what a result depends on, and whether it is there."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 import clm_dist
+from clm_dist.errors import UserError
 
 PACKAGES = (
     *("torch", "accelerate", "transformers", "tokenizers", "tiktoken", "fastokens", "datasets", "evaluate", "numpy"),
@@ -20,3 +22,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def check_peft() -> None:
+    """UserError where peft is not there."""
+    if find_spec("peft") is None:
+        raise UserError(
+            "model.lora needs peft, which is not installed; pip install 'clm-dist[lora]', or leave model.lora out"
+        )

@@ -26,7 +26,8 @@ fi
 CLM_DIST_OUTCOME="$(mktemp)"
 export CLM_DIST_OUTCOME
 trap 'rm -f "$CLM_DIST_OUTCOME"' EXIT
-accelerate launch --config_file "$here/accelerate_configs/ddp.yaml" --num_processes "$NUM_PROCESSES" \
+# `accelerate launch` without the imports of Accelerate's other commands, which take a second or two.
+accelerate-launch --config_file "$here/accelerate_configs/ddp.yaml" --num_processes "$NUM_PROCESSES" \
   -m clm_dist train "$@" &
 launcher=$!
 for name in TERM INT USR1 USR2; do

@@ -40,6 +40,8 @@ PURE = [
     "preparation/packing.py",
     "preparation/mixture.py",
     "training/schedule.py",
+    "training/launch.py",
+    "training/gate.py",
     "training/plan.py",
     "training/health.py",
     "training/state.py",

@@ -9,7 +9,7 @@ from conftest import recipe_values
 from lora_rows import IDS, apart, build, draw_b, verdict
 from tiny_models import TINY
 
-from clm_dist import recipe
+from clm_dist import recipe, versions
 from clm_dist.checkpoint.content import weights
 from clm_dist.config import LoraConfig, ModelConfig
 from clm_dist.errors import ConfigError, UserError
@@ -187,7 +187,7 @@ def test_the_recipe(tmp_path):
 
 def test_without_peft(tmp_path, monkeypatch):
     """Said before the data is looked for."""
-    monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    monkeypatch.setattr(versions, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'clm-dist\[lora\]'"):
         open_job(recipe.build(recipe_values(tmp_path, model={"lora": {}})), overwrite=False)
 

@@ -8,8 +8,8 @@ from clm_dist.errors import ConfigError
 from clm_dist.planning.communication import bytes_sent
 from clm_dist.planning.estimate import cost_seconds, flops_per_token, seconds_per_step
 from clm_dist.planning.memory import STRATEGIES, Activations, Envelope, Line
-from clm_dist.planning.plan import check_cluster, command_for
-from clm_dist.planning.planner import GIB, MOST, Cluster, Task, largest, recommend, rows
+from clm_dist.planning.plan import command_for
+from clm_dist.planning.planner import GIB, MOST, Cluster, Task, check_cluster, largest, recommend, rows
 from clm_dist.planning.shapes import Shapes
 
 DDP, ZERO1, ZERO2, ZERO3, FSDP2, *_ = STRATEGIES

@@ -18,6 +18,8 @@ NOT_LEARNED = (
     *("train.hang_seconds", "train.activation_checkpointing", "train.deterministic"),
 )
 
+PRECISION = "train.mixed_precision"
+
 
 def data_sha256(key: str, files: dict[str, dict[str, Any]]) -> str:
     """The hash of prepared data: what it was made of, and the blocks themselves. Not where it lies."""
@@ -26,12 +28,15 @@ def data_sha256(key: str, files: dict[str, dict[str, Any]]) -> str:
 
 
 def differences(saved: dict[str, Any], config: Config, data_changed: bool | None) -> dict[str, str]:
-    """The fields of what is learned that differ, each with both values.
+    """The fields of what is learned that differ, each with both values. A mixed_precision of auto differs from none: what it
+    is, is known later.
 
     data_changed: whether the prepared data is other data. If not, its fields may say what they like (another place, a
     renamed file); None: not known, so that its fields decide.
     """
     wanted, found = _flat(config.model_dump(mode="json")), _flat(saved)
+    if config.train.mixed_precision == "auto":
+        wanted[PRECISION] = found.get(PRECISION)
     fields = {
         name: f"{found.get(name)!r} -> {wanted.get(name)!r}"
         for name in sorted(wanted | found)

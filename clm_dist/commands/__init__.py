@@ -1,14 +1,34 @@
-"""What each command does, in terms of the wings: one function each, found by the command's name."""
+"""What each command does, in terms of the wings: one function each, called as the command is.
 
-from clm_dist.commands.architectures import architectures
-from clm_dist.commands.cluster import status, submit
-from clm_dist.commands.data import data_inspect, data_verify, prepare
-from clm_dist.commands.pushing import push
-from clm_dist.commands.results import evaluate, generate, report, verify
-from clm_dist.commands.sync import sync
-from clm_dist.commands.training import check, plan, replay, train
+A chapter is imported when one of its commands runs: help and a wrong command line wait for none.
+"""
 
-__all__ = [
-    "architectures", "check", "data_inspect", "data_verify", "evaluate", "generate", "plan", "prepare", "push", "replay",
-    "report", "status", "submit", "sync", "train", "verify",
-]  # fmt: skip
+import argparse
+from collections.abc import Callable
+from importlib import import_module
+
+CHAPTERS = {
+    "architectures": "architectures",
+    "check": "training",
+    "data inspect": "data",
+    "data verify": "data",
+    "evaluate": "results",
+    "generate": "results",
+    "plan": "training",
+    "prepare": "data",
+    "push": "pushing",
+    "replay": "training",
+    "report": "results",
+    "status": "cluster",
+    "submit": "cluster",
+    "sync": "sync",
+    "train": "training",
+    "verify": "results",
+}
+
+
+def function_of(command: str) -> Callable[[argparse.Namespace], None]:
+    """What a command calls."""
+    chapter = import_module(f"clm_dist.commands.{CHAPTERS[command]}")
+    function: Callable[[argparse.Namespace], None] = getattr(chapter, command.replace(" ", "_"))
+    return function

@@ -25,7 +25,6 @@ def submit(args: argparse.Namespace) -> None:
     refuse_launcher("submit")
     submission, runs = _submission(args)
     if submission.topology is not None:
-        quiet_libraries()
         for config in runs:
             _check(config, submission.topology, submission.resources)
     if args.dry_run:
@@ -148,16 +147,20 @@ def _about() -> dict[str, object]:
 
 def _check(config: Config, topology: Topology, resources: Resources) -> None:
     """Refuses here what its processes would refuse there, as far as this machine can know."""
-    import torch
-
-    from clm_dist.training.job import open_job
-    from clm_dist.training.precision import settle_precision
+    from clm_dist.training.gate import admit
 
     with _environment(topology.environment(resources.world_size)):
+        opened = admit(config, overwrite=False)
+        quiet_libraries()
+        import torch
+
+        from clm_dist.training.job import open_job
+        from clm_dist.training.precision import settle_precision
+
         if resources.gpus_per_node and not torch.cuda.is_available():  # what its GPUs can do, they will say
             train = config.train.model_copy(update={"mixed_precision": "no"})
             config = config.model_copy(update={"train": train})
-        if open_job(settle_precision(config)[0], overwrite=False).finished:
+        if open_job(settle_precision(config)[0], overwrite=False, opened=opened).finished:
             raise UserError(f"{config.run_dir} is finished; set another run_dir for another run")
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from clm_dist import recipe
-from clm_dist.commands.common import quiet_libraries, refuse_launcher
+from clm_dist.commands.common import quiet_hub, quiet_libraries, refuse_launcher
 from clm_dist.config import Config
 from clm_dist.errors import ConfigError, UserError
 
@@ -18,6 +18,7 @@ def prepare(args: argparse.Namespace) -> None:
     refuse_launcher("prepare")
     config = recipe.load(args.recipe, args.overrides, absent={"model": {"type": NO_MODEL}, "train": {"epochs": 1}})
     from clm_dist.data.manifest import MANIFEST
+    from clm_dist.data.source import check_sources
     from clm_dist.preparation.prepare import prepare as prepare_data
     from clm_dist.preparation.status import status
     from clm_dist.preparation.work import Shard
@@ -25,6 +26,9 @@ def prepare(args: argparse.Namespace) -> None:
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers} is no number of processes; give 1 or more")
     shard = Shard.parse(args.shard) if args.shard else Shard()
+    if not args.status:
+        quiet_hub()
+        check_sources(config.data)
     if not (Path(config.data.prepared_dir) / MANIFEST).exists():  # else there is nothing to do, or a misfit to tell
         quiet_libraries()
         if config.model.type != NO_MODEL:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from clm_dist import recipe
+from clm_dist import hub, recipe
 from clm_dist.commands.common import check_output, device, quiet_libraries, refuse_launcher, settled
 from clm_dist.config import GenerateConfig
 from clm_dist.errors import ConfigError, UserError
@@ -22,14 +22,17 @@ def verify(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Exact evaluation of any model on the recipe's held-out blocks; one process or many."""
     config = recipe.load(args.recipe, args.overrides)
-    quiet_libraries()
-    config = settled(config)
-    from clm_dist.training.evaluate_command import evaluate_model
+    from clm_dist.training.gate import admit_evaluation
 
     check_output(args.output, ".json")
     name = args.model or str(Path(config.run_dir) / "model")
     output = args.output or (None if args.model else str(Path(config.run_dir) / "evaluation.json"))
-    evaluate_model(config, name, args.revision, output)
+    opened = admit_evaluation(config, name)
+    quiet_libraries()
+    config = settled(config)
+    from clm_dist.training.evaluate_command import evaluate_model
+
+    evaluate_model(config, name, args.revision, output, opened)
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -37,6 +40,7 @@ def generate(args: argparse.Namespace) -> None:
     refuse_launcher("generate")
     prompts = _prompts(args)
     overrides = _sampling(args)
+    hub.check_name(args.model, "model.name", "or give a folder with config.json as model.name")
     quiet_libraries()
     from transformers import TextStreamer
 

@@ -14,12 +14,14 @@ def plan(args: argparse.Namespace) -> None:
     """What a run takes, before there is one."""
     refuse_launcher("plan")
     config = recipe.load(args.recipe, args.overrides)
-    quiet_libraries()
-    from clm_dist.planning.plan import plan_run
-    from clm_dist.planning.planner import Cluster
-    from clm_dist.planning.table import text_of
+    from clm_dist.planning.planner import Cluster, check_cluster
 
     cluster = Cluster(args.gpus, args.gpu_memory, args.nodes, args.cpu_memory, args.tflops)
+    check_cluster(cluster, config.train.global_batch_size)
+    quiet_libraries()
+    from clm_dist.planning.plan import plan_run
+    from clm_dist.planning.table import text_of
+
     outlook = plan_run(config, cluster, args.recipe, args.overrides)
     print(json.dumps(outlook.as_json(), indent=2) if args.json else text_of(outlook))
 
@@ -30,31 +32,37 @@ def train(args: argparse.Namespace) -> None:
     if not args.dry_run:
         watch.start()
     config = recipe.load(args.recipe, args.overrides)
+    name_deepspeed(args)
+    from clm_dist.training.gate import admit
+
+    opened = admit(config, args.overwrite)
     quiet_libraries()
     config = settled(config)
-    name_deepspeed(args)
-    from clm_dist.training.job import open_job
-    from clm_dist.training.train import train as train_model
-
     if args.dry_run:
+        from clm_dist.training.job import open_job
         from clm_dist.training.publishing import check_hub
 
-        job = open_job(config, args.overwrite)
+        job = open_job(config, args.overwrite, opened=opened)
         check_hub(config, args.overwrite)
         print("\n".join([str(job.plan), *job.sharding.lines()]))
     else:
-        train_model(config, args.overwrite, watch)
+        from clm_dist.training.train import train as train_model
+
+        train_model(config, args.overwrite, watch, opened)
 
 
 def check(args: argparse.Namespace) -> None:
     """Whether this launch learns what one plain process would."""
     config = recipe.load(args.recipe, args.overrides)
+    name_deepspeed(args)
+    from clm_dist.training.gate import admit
+
+    opened = admit(config, overwrite=False, run=False)
     quiet_libraries()
     config = settled(config)
-    name_deepspeed(args)
     from clm_dist.training.check import check as check_launch
 
-    lines = check_launch(config)
+    lines = check_launch(config, opened)
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(lines), flush=True)
 

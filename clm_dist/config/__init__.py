@@ -24,10 +24,10 @@ class Config(Section):
     seed: int = Field(42, ge=0, lt=2**32, description="Order of the blocks, initial weights, dropout.")
     data: DataConfig
     model: ModelConfig
-    optim: OptimConfig = OptimConfig()
+    optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    generate: GenerateConfig = GenerateConfig()
-    track: TrackConfig = TrackConfig()
-    publish: PublishConfig = PublishConfig()
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    generate: GenerateConfig = Field(default_factory=GenerateConfig)
+    track: TrackConfig = Field(default_factory=TrackConfig)
+    publish: PublishConfig = Field(default_factory=PublishConfig)

@@ -85,4 +85,4 @@ class PublishConfig(Section):
 
     language: str = Field("en", description="Language tag of the text.")
     license: str | None = Field(None, description="License identifier, e.g. apache-2.0. None: the card names none.")
-    hub: HubConfig = HubConfig()
+    hub: HubConfig = Field(default_factory=HubConfig)

@@ -47,7 +47,9 @@ class BlockWriter:
             piece = np.ascontiguousarray(blocks[at : at + BLOCKS_PER_BATCH], dtype=self.dtype)
             if self._stream is None or self.files[-1] == self._per_file:
                 self._next_file()
-            column = pa.FixedSizeListArray.from_arrays(pa.array(piece.reshape(-1)), self.block_size)
+            # as `pa.array(piece)` has it, which would import pandas
+            ids = pa.Array.from_buffers(pa.from_numpy_dtype(self.dtype), piece.size, [None, pa.py_buffer(piece)])
+            column = pa.FixedSizeListArray.from_arrays(ids, self.block_size)
             self._stream.write_batch(pa.record_batch([column], schema=self._schema))
             self.files[-1] += len(piece)
             self.blocks += len(piece)
@@ -109,9 +111,9 @@ class Blocks:
             table = pa.ipc.open_stream(pa.memory_map(str(folder / name))).read_all()
             column = table.schema.field("input_ids").type
             self.block_size: int = column.list_size
-            self.dtype = np.dtype(column.value_type.to_pandas_dtype())
+            self.dtype = np.dtype(str(column.value_type))
             chunks = table.column("input_ids").chunks
-            self._batches += [chunk.flatten().to_numpy().reshape(-1, self.block_size) for chunk in chunks]
+            self._batches += [_ids(chunk, self.dtype).reshape(-1, self.block_size) for chunk in chunks]
         self._starts = [0, *accumulate(map(len, self._batches))]  # the number of each batch's first block
         self._documents = np.load(folder / DOCUMENTS, mmap_mode="r", allow_pickle=False)
         has_padding = (folder / USED).exists()
@@ -184,6 +186,12 @@ def arrow_files(folder: Path) -> list[str]:
     """The names of a split's files of blocks, in order."""
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     return [file["filename"] for file in state["_data_files"]]
+
+
+def _ids(chunk: Any, dtype: np.dtype[Any]) -> np.ndarray:
+    """The ids of a chunk of blocks where they lie, (n * T,). pyarrow's `to_numpy` is the same, but imports pandas."""
+    flat = chunk.flatten()
+    return np.frombuffer(flat.buffers()[1], dtype, len(flat), flat.offset * dtype.itemsize)
 
 
 class _ArrayWriter:

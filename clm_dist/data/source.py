@@ -67,16 +67,22 @@ def open_sources(config: DataConfig) -> list[Source]:
     return [open_source(config, entry) for entry in config.entries()]
 
 
+def check_sources(config: DataConfig) -> None:
+    """UserError where a source of a recipe does not exist. Reads no file; asks the Hub for a commit, once a process."""
+    for entry in config.entries():
+        if _files_of(entry) is None:
+            open_source(config, entry)
+
+
 def open_source(config: DataConfig, entry: MixtureEntry) -> Source:
     """The source that `entry` names; UserError where it does not exist. Reads no document yet."""
     splits = [split for split in (config.train_split, config.eval_split) if split is not None]
-    if isinstance(entry.source, str) and not _looks_local(entry.source):
+    files = _files_of(entry)
+    if files is None:
         from clm_dist.data.hub_source import HubSource  # heavy, and only needed here
 
         return HubSource(entry, splits, config.streaming)
     names = [entry.source] if isinstance(entry.source, str) else entry.source
-    files = [path for name in names for path in _matching(name)]
-    files = list({path.resolve(): path for path in files}.values())  # named twice, in any way: one file
     inside = Path(config.prepared_dir).resolve()
     if any(inside.is_relative_to(folder.resolve()) for folder in map(Path, names) if folder.is_dir()):
         raise UserError(
@@ -99,6 +105,15 @@ class LocalSource:
     def parts(self, split: str) -> list[Part]:
         """The files of a split."""
         return list(self.files[split])
+
+
+def _files_of(entry: MixtureEntry) -> list[Path] | None:
+    """The files of a local source; None of one on the Hub."""
+    if isinstance(entry.source, str) and not _looks_local(entry.source):
+        return None
+    names = [entry.source] if isinstance(entry.source, str) else entry.source
+    files = [path for name in names for path in _matching(name)]
+    return list({path.resolve(): path for path in files}.values())  # named twice, in any way: one file
 
 
 def _looks_local(name: str) -> bool:

@@ -1,22 +1,10 @@
-"""The engine that a launch asked for."""
-
-from collections.abc import Mapping
+"""The engine of a kind."""
 
 import torch
 from accelerate import Accelerator
 
 from clm_dist.engine.engine import Engine
 from clm_dist.model.objective import Objective
-
-# what `accelerate launch` sets, by the distributed_type of its configuration
-DEEPSPEED, FSDP = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"
-
-
-def asked(environment: Mapping[str, str]) -> str:
-    """replicated, zero or fsdp2."""
-    if environment.get(DEEPSPEED) == "true":
-        return "zero"
-    return "fsdp2" if environment.get(FSDP) == "true" else "replicated"
 
 
 def make_engine(

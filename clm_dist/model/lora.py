@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from copy import copy
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +21,7 @@ import torch
 from clm_dist.config import LoraConfig
 from clm_dist.errors import UserError, nearest
 from clm_dist.model.configuration import row_of
+from clm_dist.versions import check_peft
 
 ADAPTER = "default"  # peft's name for the only one
 ALL = "all-linear"
@@ -31,21 +31,13 @@ FOLDER = "adapter"  # in an exported model
 Weights = dict[str, torch.Tensor]
 
 
-def check_installed() -> None:
-    """UserError where peft is not there."""
-    if find_spec("peft") is None:
-        raise UserError(
-            "model.lora needs peft, which is not installed; pip install 'clm-dist[lora]', or leave model.lora out"
-        )
-
-
 def adapt(model: Any, config: LoraConfig, seed: int | None) -> None:
     """Puts adapters beside linear layers and freezes everything else, in place. Drawn from `seed`, the same on every rank;
     they begin with a B of zeros, so that the model computes what it did before.
 
     seed None: of a model without contents (the meta device, FakeTensorMode); adapters have no contents either.
     """
-    check_installed()
+    check_peft()
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
     from transformers.pytorch_utils import Conv1D

@@ -10,8 +10,6 @@ from typing import Any
 from clm_dist.config import Config
 from clm_dist.data.manifest import MANIFEST, Manifest, read_manifest
 from clm_dist.data.order import steps_of_epochs
-from clm_dist.disagreements import divisors
-from clm_dist.errors import ConfigError
 from clm_dist.model.build import outline
 from clm_dist.model.configuration import model_configuration
 from clm_dist.model.positions import check_fits
@@ -51,10 +49,9 @@ class Outlook:
 
 
 def plan_run(config: Config, cluster: Cluster, recipe: str, overrides: list[str]) -> Outlook:
-    """The outlook of a recipe on a cluster; nothing is loaded but the model's configuration."""
+    """The outlook of a recipe on a cluster that was checked; nothing is loaded but the model's configuration."""
     config = _settled(config)
     train, block_size = config.train, config.data.block_size
-    check_cluster(cluster, train.global_batch_size)
     manifest = _prepared(config)
     built = _configuration(config, manifest)
     mixed = train.mixed_precision != "no"
@@ -89,35 +86,6 @@ def plan_run(config: Config, cluster: Cluster, recipe: str, overrides: list[str]
         if best
         else None,
     )
-
-
-def check_cluster(cluster: Cluster, global_batch_size: int) -> None:
-    """Refuses numbers that no cluster has, all at once."""
-    problems = []
-    given: dict[str, float | None] = {
-        "--gpus": cluster.gpus,
-        "--gpu-memory": cluster.gpu_memory_gib,
-        "--nodes": cluster.nodes,
-        "--cpu-memory": cluster.cpu_memory_gib,
-        "--tflops": cluster.tflops,
-    }
-    for option, value in given.items():
-        if value is not None and not 0 < value < float("inf"):
-            problems.append(f"{option} {value} is not possible; give a number above 0")
-    if not problems and cluster.gpus % cluster.nodes:
-        problems.append(
-            f"--gpus {cluster.gpus} cannot stand evenly in --nodes {cluster.nodes}; give the GPUs of all nodes together, "
-            f"a multiple of {cluster.nodes}"
-        )
-    if not problems and cluster.usable <= 0:
-        problems.append(f"--gpu-memory {cluster.gpu_memory_gib} GiB is less than CUDA itself takes; give 2 or more")
-    if not problems and global_batch_size % cluster.gpus:
-        problems.append(
-            f"train.global_batch_size={global_batch_size} is not divisible by {cluster.gpus} GPUs; set a multiple of "
-            f"{cluster.gpus}, or plan for one of {divisors(global_batch_size)} GPUs"
-        )
-    if problems:
-        raise ConfigError(problems)
 
 
 def command_for(row: Row, cluster: Cluster, recipe: str, overrides: list[str], checkpointing: bool = False) -> str:

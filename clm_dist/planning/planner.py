@@ -6,6 +6,8 @@ Legend: B = micro_batch_size, sequences per GPU and forward.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from clm_dist.disagreements import divisors
+from clm_dist.errors import ConfigError
 from clm_dist.planning.communication import bytes_sent
 from clm_dist.planning.estimate import cost_seconds, flops_per_token, seconds_per_step
 from clm_dist.planning.memory import (
@@ -204,3 +206,32 @@ def _fullest(task: Task, strategy: Strategy, zero: ZeroSettings) -> ModelState:
         for accumulating in (False, True)
     ]
     return max(states, key=lambda state: state.gradients)
+
+
+def check_cluster(cluster: Cluster, global_batch_size: int) -> None:
+    """Refuses numbers that no cluster has, all at once."""
+    problems = []
+    given: dict[str, float | None] = {
+        "--gpus": cluster.gpus,
+        "--gpu-memory": cluster.gpu_memory_gib,
+        "--nodes": cluster.nodes,
+        "--cpu-memory": cluster.cpu_memory_gib,
+        "--tflops": cluster.tflops,
+    }
+    for option, value in given.items():
+        if value is not None and not 0 < value < float("inf"):
+            problems.append(f"{option} {value} is not possible; give a number above 0")
+    if not problems and cluster.gpus % cluster.nodes:
+        problems.append(
+            f"--gpus {cluster.gpus} cannot stand evenly in --nodes {cluster.nodes}; give the GPUs of all nodes together, "
+            f"a multiple of {cluster.nodes}"
+        )
+    if not problems and cluster.usable <= 0:
+        problems.append(f"--gpu-memory {cluster.gpu_memory_gib} GiB is less than CUDA itself takes; give 2 or more")
+    if not problems and global_batch_size % cluster.gpus:
+        problems.append(
+            f"train.global_batch_size={global_batch_size} is not divisible by {cluster.gpus} GPUs; set a multiple of "
+            f"{cluster.gpus}, or plan for one of {divisors(global_batch_size)} GPUs"
+        )
+    if problems:
+        raise ConfigError(problems)

@@ -23,6 +23,7 @@ from clm_dist.model.configuration import idle_experts
 from clm_dist.model.objective import find_objective
 from clm_dist.training import train as training
 from clm_dist.training.batches import Batches
+from clm_dist.training.gate import Opened
 from clm_dist.training.job import Job, open_job
 from clm_dist.training.reference import Reference, Step
 from clm_dist.training.runtime import finish, start
@@ -64,14 +65,17 @@ class Finding:
         return f"{self.step:>4}  {self.promise:<18} {numbers} {verdict}"
 
 
-def check(config: Config) -> list[str]:
-    """The lines of a table; a RunError with it where a promise is broken, naming the first. Every rank must call this."""
+def check(config: Config, opened: Opened | None = None) -> list[str]:
+    """The lines of a table; a RunError with it where a promise is broken, naming the first. Every rank must call this.
+
+    opened: what `admit` has let in already.
+    """
     if config.train.mixed_precision not in TOLERANCES:
         raise UserError(
             f"check compares with a process in fp32, and train.mixed_precision={config.train.mixed_precision} scales its "
             "loss or its numbers, so that the first steps are others; check with train.mixed_precision=bf16 or no"
         )
-    job = open_job(config, overwrite=False, run=False)
+    job = open_job(config, overwrite=False, run=False, opened=opened)
     plan = job.plan
     accelerator = start(config.train.mixed_precision, job.sharding.settings, idle_experts(job.model_configuration))
     engine = _engine(accelerator, config, job)

@@ -1,9 +1,8 @@
 """`evaluate` as a command: the function that training uses, on any model folder or Hub id."""
 
-from pathlib import Path
-
 from clm_dist.config import Config
-from clm_dist.data.prepared import open_blocks, open_prepared
+from clm_dist.data.blocks import Blocks
+from clm_dist.data.manifest import Manifest
 from clm_dist.data.tokenize import load_tokenizer, tokenizer_sha256
 from clm_dist.errors import UserError
 from clm_dist.model.build import load_model
@@ -15,23 +14,24 @@ from clm_dist.training import run_folder
 from clm_dist.training.batches import Batches
 from clm_dist.training.evaluate import Evaluation, evaluate
 from clm_dist.training.job import check_padding
+from clm_dist.training.launch import check_launch
 from clm_dist.training.meter import figures
+from clm_dist.training.precision import check_precision
 from clm_dist.training.proof import prove
-from clm_dist.training.runtime import check_launch, finish, start
+from clm_dist.training.runtime import finish, start
 
 
-def evaluate_model(config: Config, name: str, revision: str | None, output: str | None) -> Evaluation:
+def evaluate_model(
+    config: Config, name: str, revision: str | None, output: str | None, opened: tuple[Manifest, Blocks]
+) -> Evaluation:
     """Measures the model `name` on the held-out blocks of the recipe. Every rank must call this.
 
+    opened: what `admit_evaluation` has let in.
     Prints the figures and, where `output` is given, saves them by `evaluate.save` (with time, commit and versions).
     """
-    check_launch(config.train.mixed_precision)
-    manifest = open_prepared(config)
-    blocks = open_blocks(config, manifest, "eval")
-    if not len(blocks):
-        raise UserError(f"{config.data.prepared_dir} holds no text to evaluate on; prepare with data.eval_fraction=0.2")
-    if not Path(name).exists() and name == str(Path(config.run_dir) / "model"):
-        raise UserError(f"{name} does not exist; train first, or name a model folder or Hub id by --model")
+    manifest, blocks = opened
+    check_launch(config.train.mixed_precision)  # which is settled by now
+    check_precision(config.train.mixed_precision)
     trust = config.model.trust_remote_code
     built = load_configuration(name, revision, trust)
     check_fits(built, config.data.block_size, manifest.vocab_size, name)

@@ -6,23 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from clm_dist.checkpoint.sameness import data_sha256
 from clm_dist.config import Config
 from clm_dist.data.blocks import Blocks
 from clm_dist.data.manifest import Manifest
-from clm_dist.data.prepared import open_blocks, open_prepared
 from clm_dist.data.tokenize import load_tokenizer, token_ids, vocab_size
-from clm_dist.ledger.ledger import last_row
-from clm_dist.model import lora
 from clm_dist.model.configuration import model_configuration
 from clm_dist.model.generate import prompt_ids
 from clm_dist.model.padding import looks_for_padding, no_padding, padding_id
 from clm_dist.model.positions import check_fits, max_positions
-from clm_dist.publish.courier import check_installed, destinations
-from clm_dist.training import run_folder
-from clm_dist.training.plan import Plan, make_plan
-from clm_dist.training.resume import check_changes, check_same_run, choose
-from clm_dist.training.runtime import check_launch, launched_world_size
+from clm_dist.training.gate import Opened, admit, is_finished
+from clm_dist.training.launch import check_launch
+from clm_dist.training.plan import Plan
+from clm_dist.training.precision import check_precision
 from clm_dist.training.sharding import Sharding, sharding
 
 
@@ -42,21 +37,16 @@ class Job:
     finished: bool  # whether run_dir holds this very run, at its end
 
 
-def open_job(config: Config, overwrite: bool, run: bool = True) -> Job:
-    """Refuses everything that can be refused by now; touches nothing. run: whether one will be in config.run_dir."""
-    check_launch(config.train.mixed_precision)
-    check_changes(config)
-    if config.model.lora is not None:
-        lora.check_installed()
-    may_resume = config.train.resume != "never"
-    named = config.train.resume if config.train.resume not in ("auto", "never") else None
-    sources = filter(None, (config.model.name, config.data.tokenizer, named))
-    if run:
-        run_folder.check_free(config.run_dir, overwrite, sources, resume=may_resume)
-        check_installed(destinations(config))
-    manifest = open_prepared(config)
-    prepared = Path(config.data.prepared_dir)
-    tokenizer = load_tokenizer(str(prepared / "tokenizer"))
+def open_job(config: Config, overwrite: bool, run: bool = True, opened: Opened | None = None) -> Job:
+    """Refuses everything that can be refused by now; touches nothing. run: whether one will be in config.run_dir.
+
+    opened: what `admit` has let in already.
+    """
+    opened = opened or admit(config, overwrite, run)
+    check_launch(config.train.mixed_precision)  # which is settled by now
+    check_precision(config.train.mixed_precision)
+    manifest, plan = opened.manifest, opened.plan
+    tokenizer = load_tokenizer(str(Path(config.data.prepared_dir) / "tokenizer"))
     built = model_configuration(config.model, token_ids(tokenizer))
     check_fits(
         built,
@@ -68,18 +58,15 @@ def open_job(config: Config, overwrite: bool, run: bool = True) -> Job:
     prompts = [
         prompt_ids(tokenizer, prompt, config.generate, max_positions(built)) for prompt in config.generate.prompts
     ]
-    train_blocks, eval_blocks = (open_blocks(config, manifest, split) for split in ("train", "eval"))
     if looks_for_padding(built):
         trained = config.model.type is None and not config.model.from_scratch
-        check_padding(built, (train_blocks, eval_blocks), prompts, tokenizer, config.model.called, trained)
-    plan = make_plan(config, len(train_blocks), launched_world_size())
+        splits = (opened.train_blocks, opened.eval_blocks)
+        check_padding(built, splits, prompts, tokenizer, config.model.called, trained)
     sharded = sharding(config, plan, built)
-    data = data_sha256(manifest.key, manifest.files)
-    if overwrite:
-        choose(config, data, reread=False, begin_anew=True)  # a checkpoint that was named has to fit all the same
-    finished = run and may_resume and not overwrite and _goes_on(config, data, plan)
+    may_resume = config.train.resume != "never"
+    finished = run and may_resume and not overwrite and is_finished(config, opened.data_sha256, plan)
     return Job(
-        *(manifest, data, train_blocks, eval_blocks, tokenizer, built, plan),
+        *(manifest, opened.data_sha256, opened.train_blocks, opened.eval_blocks, tokenizer, built, plan),
         *(sharded, overwrite, finished),
     )
 
@@ -97,14 +84,3 @@ def check_padding(
     present = np.any([split.ids_present(vocab_size(tokenizer)) for split in splits], axis=0)
     present[[token for prompt in prompts for token in prompt]] = True
     raise no_padding(built, present, tokenizer, splits[0].block_size, name, trained)
-
-
-def _goes_on(config: Config, data: str, plan: Plan) -> bool:
-    """Whether the run is finished already; UserError where run_dir holds another one."""
-    checkpoint = choose(config, data, reread=False).checkpoint
-    run = Path(config.run_dir)
-    if checkpoint is None or not checkpoint.path.resolve().is_relative_to(run.resolve()):
-        check_same_run(config, run)
-        return False
-    last = last_row(run / "ledger.jsonl") or {}
-    return checkpoint.step == plan.max_steps == last.get("step") and last.get("state") == "finished"

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate import Accelerator
 
 from clm_dist import hub
 from clm_dist.checkpoint import folder
@@ -59,7 +58,7 @@ def choose(config: Config, data: str, reread: bool, begin_anew: bool = False) ->
 
 
 def settle(
-    config: Config, job: Any, accelerator: Accelerator, checkpoint: Checkpoint | None, saved: dict[str, Any]
+    config: Config, job: Any, accelerator: Any, checkpoint: Checkpoint | None, saved: dict[str, Any]
 ) -> list[str]:
     """Makes the run folder that of the state that was restored; returns what to say. On the main process, which has
     claimed it. saved: the checkpoint's state.json."""

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
 from clm_dist import recipe
 from clm_dist.config import Config
 from clm_dist.errors import EXIT_FAILED, RunEnded, UserError
@@ -204,6 +202,8 @@ def _is_staged(name: str) -> bool:
 
 def environment(accelerator: Any) -> dict[str, Any]:
     """What a figure of this run depends on beside its configuration."""
+    import torch  # here: whether a folder is free is asked before torch is loaded
+
     cuda = torch.cuda.is_available()
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

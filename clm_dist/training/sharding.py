@@ -8,7 +8,6 @@ import torch
 
 from clm_dist.config import Config
 from clm_dist.engine.engine import Engine
-from clm_dist.engine.make import asked
 from clm_dist.errors import ConfigError, RunError
 from clm_dist.model.configuration import idle_experts
 from clm_dist.planning.deepspeed_checks import Run
@@ -16,6 +15,7 @@ from clm_dist.planning.deepspeed_config import Resolved, problems_with, resolve
 from clm_dist.planning.deepspeed_launch import launch_problems, launched
 from clm_dist.planning.deepspeed_live import live_differences, optimizer_differences
 from clm_dist.planning.shapes import hidden_size
+from clm_dist.training.launch import asked
 from clm_dist.training.plan import Plan
 
 _NEITHER = "a run's weights and states stay on its device"

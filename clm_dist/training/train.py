@@ -21,6 +21,7 @@ from clm_dist.model.transformers_versions import one_document_a_row
 from clm_dist.training import run_folder
 from clm_dist.training.batches import Batch, Batches
 from clm_dist.training.determinism import same_bits
+from clm_dist.training.gate import Opened
 from clm_dist.training.job import Job, open_job
 from clm_dist.training.keeper import Keeper
 from clm_dist.training.observer import Observer
@@ -34,10 +35,10 @@ from clm_dist.training.sharding import check_live
 from clm_dist.watch.watch import Watch
 
 
-def train(config: Config, overwrite: bool = False, watch: Watch | None = None) -> None:
-    """Trains, evaluates and exports, or goes on with that. Every rank must call this."""
+def train(config: Config, overwrite: bool = False, watch: Watch | None = None, opened: Opened | None = None) -> None:
+    """Trains, evaluates and exports, or goes on with that. Every rank must call this. opened: what was let in already."""
     watch = watch or Watch()
-    job = open_job(config, overwrite)
+    job = open_job(config, overwrite, opened=opened)
     plan = job.plan
     if job.finished:
         if watch.rank == 0:

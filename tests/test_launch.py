@@ -3,7 +3,7 @@
 import pytest
 
 from clm_dist.errors import UserError
-from clm_dist.training.runtime import check_launch
+from clm_dist.training.launch import check_launch
 
 LAUNCHED = {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_MIXED_PRECISION": "no"}
 
@@ -44,7 +44,8 @@ def test_launches_that_are_right(environment):
     check_launch("bf16", environment)
 
 
-def test_fp16_needs_a_gpu(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(UserError, match=r"fp16 needs a GPU; set train.mixed_precision=bf16 or no"):
-        check_launch("fp16", {})
+def test_a_precision_that_is_not_settled_is_asked_again():
+    environment = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    check_launch("auto", environment)
+    with pytest.raises(UserError, match=r"launcher says mixed_precision=bf16"):
+        check_launch("no", environment)
