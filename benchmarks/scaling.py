@@ -11,8 +11,9 @@ speed of gloo, against runs of `clm-dist train` (scaling_check.py). It needs no 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,12 @@ def strong(case: Case, gpus: int, fabric: Fabric, tokens: int) -> Point | None:
     return Point(seconds, tokens / seconds, alone / (gpus * seconds))
 
 
-def reach(case: Case, fabric: Fabric, bound: float, **way: Any) -> int:
+def reach(point: Callable[[int], Point | None], bound: float) -> int:
     """The most GPUs up to which efficiency is never below the bound."""
     most = 1
     for gpus in GPUS:
-        if weak(case, gpus, fabric, **way).efficiency < bound:
+        found = point(gpus)
+        if found is None or found.efficiency < bound:
             break
         most = gpus
     return most
@@ -144,18 +146,23 @@ def tables(inputs: dict[str, Any]) -> str:
     """All that the page shows: limits first, then every model."""
     everything, ways = list(cases(inputs)), fabrics(inputs)
     text = sizes(everything)
+    bound, tokens = inputs["bound"], inputs["strong_tokens"]
+    head = " | ".join(["model", "engine", *WAYS, f"{tokens:,} tokens in all"])
     for name, fabric in ways.items():
         rows = [
-            [case.model, titled(case), *(up_to(reach(case, fabric, inputs["bound"], **way)) for way in WAYS.values())]
+            [
+                *(case.model, titled(case)),
+                *(up_to(reach(partial(weak, case, fabric=fabric, **way), bound)) for way in WAYS.values()),
+                up_to(reach(partial(strong, case, fabric=fabric, tokens=tokens), bound)),
+            ]
             for case in everything
         ]
-        text += table(f"{name}: GPUs up to which efficiency stays at {inputs['bound']:.0%}",
-                      " | ".join(["model", "engine", *WAYS]), rows)  # fmt: skip
+        text += table(f"{name}: GPUs up to which efficiency stays at {bound:.0%}", head, rows)
     shown = [case for case in everything if case.engine in ("ddp", "zero3")]
     for model in dict.fromkeys(case.model for case in shown):
         columns = [(case, name) for name in ways for case in shown if case.model == model]
         head = " | ".join(["GPUs", *(f"{titled(case)}, {name}" for case, name in columns)])
-        each, tokens = columns[0][0], inputs["strong_tokens"]
+        each = columns[0][0]
         grown = [[f"{n:,}", *(shown_as(weak(case, n, ways[name])) for case, name in columns)] for n in GPUS]
         kept = [[f"{n:,}", *(shown_as(strong(case, n, ways[name], tokens)) for case, name in columns)] for n in GPUS]
         text += table(f"{model}: each GPU {each.sequences} x {each.block:,} tokens", head, grown)
