@@ -146,28 +146,32 @@ def tables(inputs: dict[str, Any]) -> str:
     """All that the page shows: limits first, then every model."""
     everything, ways = list(cases(inputs)), fabrics(inputs)
     text = sizes(everything)
-    bound, tokens = inputs["bound"], inputs["strong_tokens"]
-    head = " | ".join(["model", "engine", *WAYS, f"{tokens:,} tokens in all"])
-    for name, fabric in ways.items():
-        rows = [
-            [
-                *(case.model, titled(case)),
-                *(up_to(reach(partial(weak, case, fabric=fabric, **way), bound)) for way in WAYS.values()),
-                up_to(reach(partial(strong, case, fabric=fabric, tokens=tokens), bound)),
-            ]
-            for case in everything
-        ]
-        text += table(f"{name}: GPUs up to which efficiency stays at {bound:.0%}", head, rows)
+    text += limits(everything, ways, inputs["bound"], inputs["strong_tokens"])
     shown = [case for case in everything if case.engine in ("ddp", "zero3")]
-    for model in dict.fromkeys(case.model for case in shown):
+    for model in inputs["models"]:
         columns = [(case, name) for name in ways for case in shown if case.model == model]
+        each, tokens = columns[0][0], inputs["strong_tokens"]
+        points = {
+            f"{model}: each GPU {each.sequences} x {each.block:,} tokens": weak,
+            f"{model}: {tokens:,} tokens a step in all": partial(strong, tokens=tokens),
+        }
         head = " | ".join(["GPUs", *(f"{titled(case)}, {name}" for case, name in columns)])
-        each = columns[0][0]
-        grown = [[f"{n:,}", *(shown_as(weak(case, n, ways[name])) for case, name in columns)] for n in GPUS]
-        kept = [[f"{n:,}", *(shown_as(strong(case, n, ways[name], tokens)) for case, name in columns)] for n in GPUS]
-        text += table(f"{model}: each GPU {each.sequences} x {each.block:,} tokens", head, grown)
-        text += table(f"{model}: {tokens:,} tokens a step in all", head, kept)
+        for title, point in points.items():
+            rows = {gpus: [point(case, gpus, fabric=ways[name]) for case, name in columns] for gpus in GPUS}
+            lines = [[f"{gpus:,}", *map(shown_as, row)] for gpus, row in rows.items() if None not in row]
+            text += table(title, head, lines)
     return text
+
+
+def limits(everything: list[Case], ways: dict[str, Fabric], bound: float, tokens: int) -> str:
+    """How far each case scales, on each network."""
+    rows = []
+    for case in everything:
+        points = [partial(weak, case, **way) for way in WAYS.values()] + [partial(strong, case, tokens=tokens)]
+        reached = ([reach(partial(point, fabric=fabric), bound) for fabric in ways.values()] for point in points)
+        rows.append([case.model, titled(case), *(" / ".join(map(up_to, each)) for each in reached)])
+    title = f"GPUs up to which efficiency stays at {bound:.0%}: {' / '.join(ways)}"
+    return table(title, " | ".join(["model", "engine", *WAYS, f"{tokens:,} tokens in all"]), rows)
 
 
 def sizes(everything: list[Case]) -> str:
@@ -186,12 +190,10 @@ def titled(case: Case) -> str:
 
 
 def up_to(gpus: int) -> str:
-    return f"{gpus:,} or more" if gpus == GPUS[-1] else f"{gpus:,}"
+    return f"{gpus:,}+" if gpus == GPUS[-1] else f"{gpus:,}"
 
 
-def shown_as(point: Point | None) -> str:
-    if point is None:
-        return "less than a sequence each"
+def shown_as(point: Point) -> str:
     return f"{1e3 * point.seconds:,.1f} ms, {point.tokens_per_second / 1e3:,.0f} k/s, {point.efficiency:.0%}"
 
 
