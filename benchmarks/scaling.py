@@ -33,7 +33,7 @@ WAYS: dict[str, dict[str, Any]] = {  # what to change, and how the step then dif
     "4 x the micro-batch": {"times": 4},
     "16 micro-steps": {"micro_steps": 16},
     "large buckets, `overlap_comm`": {"bucket": 50_000_000},  # of ZeRO-1 and 2; 200 MB in fp32
-    "if a GPU were 3 x as fast": {"times": 1 / 3},
+    "if a GPU were 3 x as fast": {"faster": 3},
 }
 
 
@@ -49,12 +49,10 @@ class Case:
     block: int
     own: bool  # False: this engine was not measured with this model, the time is that of DDP
 
-    def step(
-        self, gpus: int, fabric: Fabric, micro_steps: int = 1, times: float = 1, bucket: int | None = None
-    ) -> float:
-        """Seconds, with a micro-batch that takes so many times as long as the measured one."""
-        compute = self.compute.with_micro_batch(times)
-        return step_seconds(self.anatomy, BY_NAME[self.engine], gpus, compute, fabric, micro_steps, bucket=bucket)
+    def step(self, gpus: int, fabric: Fabric, times: float = 1, faster: float = 1, **further: Any) -> float:
+        """Seconds, with so many times the measured micro-batch, on a GPU that computes so many times as fast."""
+        compute = self.compute.with_micro_batch(times / faster)
+        return step_seconds(self.anatomy, BY_NAME[self.engine], gpus, compute, fabric, **further)
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Point:
 def weak(case: Case, gpus: int, fabric: Fabric, **way: Any) -> Point:
     """Every GPU keeps its batch: the global batch grows with them. way: of WAYS."""
     seconds = case.step(gpus, fabric, **way)
-    tokens = gpus * way.get("micro_steps", 1) * case.sequences * case.block
+    tokens = gpus * way.get("micro_steps", 1) * way.get("times", 1) * case.sequences * case.block
     return Point(seconds, tokens / seconds, case.step(1, fabric, **way) / seconds)
 
 
@@ -79,8 +77,8 @@ def strong(case: Case, gpus: int, fabric: Fabric, tokens: int) -> Point | None:
     if not each:
         return None
     micro_batch = min(case.sequences, each)
-    seconds = case.step(gpus, fabric, each // micro_batch, micro_batch / case.sequences)
-    alone = case.step(1, fabric, tokens // case.block // case.sequences)
+    seconds = case.step(gpus, fabric, micro_batch / case.sequences, micro_steps=each // micro_batch)
+    alone = case.step(1, fabric, micro_steps=tokens // case.block // case.sequences)
     return Point(seconds, tokens / seconds, alone / (gpus * seconds))
 
 
@@ -151,16 +149,16 @@ def tables(inputs: dict[str, Any]) -> str:
     for model in inputs["models"]:
         columns = [(case, name) for name in ways for case in shown if case.model == model]
         each, tokens = columns[0][0], inputs["strong_tokens"]
-        points = {
+        points: dict[str, Callable[..., Point | None]] = {
             f"{model}: each GPU {each.sequences} x {each.block:,} tokens": weak,
             f"{model}: {tokens:,} tokens a step in all": partial(strong, tokens=tokens),
         }
         head = " | ".join(["GPUs", *(f"{titled(case)}, {name}" for case, name in columns)])
         for title, point in points.items():
             rows = {gpus: [point(case, gpus, fabric=ways[name]) for case, name in columns] for gpus in GPUS}
-            lines = [[f"{gpus:,}", *map(shown_as, row)] for gpus, row in rows.items() if None not in row]
+            lines = [[f"{gpus:,}", *map(shown_as, row)] for gpus, row in rows.items() if all(row)]
             text += table(title, head, lines)
-    return text
+    return text.replace("\n## ", "\n### ")  # they stand under a title of the page
 
 
 def limits(everything: list[Case], ways: dict[str, Fabric], bound: float, tokens: int) -> str:
@@ -193,8 +191,12 @@ def up_to(gpus: int) -> str:
     return f"{gpus:,}+" if gpus == GPUS[-1] else f"{gpus:,}"
 
 
-def shown_as(point: Point) -> str:
-    return f"{1e3 * point.seconds:,.1f} ms, {point.tokens_per_second / 1e3:,.0f} k/s, {point.efficiency:.0%}"
+def shown_as(point: Point | None) -> str:
+    return (
+        ""
+        if point is None
+        else f"{1e3 * point.seconds:,.1f} ms, {point.tokens_per_second / 1e3:,.0f} k/s, {point.efficiency:.0%}"
+    )
 
 
 def between_markers(page: str, text: str) -> str:
