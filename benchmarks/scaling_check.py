@@ -67,6 +67,8 @@ MEASURED += [Run("zero3", 2, 4)]
 
 def check(rounds: int, steps: int) -> str:
     """The tables."""
+    from scaling_alternating import alternating  # which uses this
+
     found: dict[str, list[Any]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -84,7 +86,9 @@ def check(rounds: int, steps: int) -> str:
                 found[job].append(jobs[job]())
                 told = json.dumps([number + 1, job, found[job][-1], round(time.monotonic() - begin)])
                 print(told, file=sys.stderr, flush=True)
-    return "".join(report({job: [one[way] for one in found[job]] for job in found}, way) for way in MEASURES) + NOTES
+        turns = alternating(folder)
+    text = "".join(report({job: [one[way] for one in found[job]] for job in found}, way) for way in MEASURES)
+    return text + NOTES + turns
 
 
 def report(found: dict[str, list[Any]], way: str) -> str:
@@ -217,10 +221,10 @@ def ended(command: list[str]) -> None:
         raise SystemExit(f"{' '.join(command)} failed:\n{said[-3000:]}")
 
 
-def worker(folder: Path, processes: int, what: str) -> Any:
-    """What launched processes of this file find."""
+def worker(folder: Path, processes: int, what: str, file: str = __file__) -> Any:
+    """What launched processes of a file find."""
     launch = launcher("ddp", processes) if processes > 1 else []
-    ended([sys.executable, *launch, __file__, what, str(folder / "found.json")])
+    ended([sys.executable, *launch, file, what, str(folder / "found.json")])
     return json.loads((folder / "found.json").read_text())
 
 
