@@ -1,10 +1,10 @@
-"""What the benchmarks share: the facts under a table, how a figure is written, where the real data lies."""
+"""What the benchmarks share: the facts under a table, how figures are written, where the real data lies."""
 
 import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -23,6 +23,13 @@ def verdict(what: str, ratios: list[float], bound: float) -> str:
     """A line that says whether a bound holds."""
     told = ", ".join(f"{ratio:.2f} {'holds' if ratio <= bound else 'FAILS'}" for ratio in ratios)
     return f"- {what}: at most {bound} wanted: {told}\n"
+
+
+def table(title: str, head: str, rows: Iterable[list[str]]) -> str:
+    """A Markdown table under a title."""
+    columns = [cell.strip() for cell in head.split("|")]
+    lines = [columns, ["---"] * len(columns), *rows]
+    return f"\n## {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def facts(command: str) -> str:

@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from common import facts
-from launched import Bench, table, together
+from common import facts, table
+from launched import Bench, together
 
 ENGINES = ["plain", "ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2"]  # accelerate_configs/
 GIB = 2**30

@@ -1,4 +1,4 @@
-"""Commands of this repository as a user gives them, with any engine, on real ELI5 answers; a table of what came out."""
+"""Commands of this repository as a user gives them, with any engine, on real ELI5 answers."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -107,13 +107,6 @@ def last_line(text: str) -> str:
     """Of what went wrong: our own words, which the launcher's traceback follows; else the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["nothing was printed"]
     return next((line for line in reversed(lines) if SAID.match(line)), lines[-1])[:300]
-
-
-def table(title: str, head: str, rows: Iterable[list[str]]) -> str:
-    """A Markdown table under a title."""
-    columns = [cell.strip() for cell in head.split("|")]
-    lines = [columns, ["---"] * len(columns), *rows]
-    return f"\n## {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def together(cases: list[Any], run: Callable[[Any], list[str]], at_once: int = TOGETHER) -> list[list[str]]:
