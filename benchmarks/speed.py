@@ -1,6 +1,6 @@
 """One training process of ours and of three peers, in turns: tokens/s, memory, MFU; a Markdown table.
 
-    python benchmarks/speed.py [--cases NAME ...] [--sides NAME ...] [--repeats R] [--output FILE]
+    python benchmarks/speed.py [--cases NAME ...] [--sides NAME ...] [--without KEY=VALUE ...] [--repeats R] [--output FILE]
 
 The same random weights of the same shape, the same blocks of the ELI5 sample in the same order, the same AdamW, no dropout.
 Sides (peers.py): `clm-dist train`, the guide's Trainer script, the no-trainer loop of the public Accelerate example, and a
@@ -95,11 +95,11 @@ def execute(command: list) -> str:
     return done.stdout
 
 
-def ours(path: str) -> dict[str, float]:
-    """`clm-dist train`, and its own figures."""
+def ours(path: str, *overrides: str) -> dict[str, float]:
+    """`clm-dist train`, and its own figures. overrides: what is taken away, to see what it was worth."""
     from clm_dist import cli
 
-    if code := cli.main(["train", path, "--overwrite"]):
+    if code := cli.main(["train", path, *overrides, "--overwrite"]):
         sys.exit(code)
     metrics = Path(json.loads(Path(path).read_text())["run_dir"]) / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -115,8 +115,8 @@ def work(side: str, path: str, output: str) -> None:
     import torch
 
     began = time.perf_counter()
-    if side == "clm-dist":
-        found = ours(path)
+    if side.startswith("clm-dist"):
+        found = ours(path, *side.split()[1:])
     else:
         import peers
 
@@ -186,17 +186,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument(
+        "--without", nargs="*", default=[], metavar="KEY=VALUE", help="ours again, each with one override"
+    )
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no case begins later than this")
     parser.add_argument("--output", type=Path, metavar="FILE", help="Markdown: tables, command, versions, hardware")
     args = parser.parse_args()
     began, where = time.monotonic(), torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    text = f"# Speed and memory beside peers, {where}\n\n{facts('benchmarks/speed.py')}\n"
+    text = f"# Speed and memory beside peers, {where}\n\n{facts(' '.join(['benchmarks/speed.py', *sys.argv[1:]]))}\n"
     with tempfile.TemporaryDirectory() as folder:
         for name in args.cases:
             if time.monotonic() - began > args.seconds:
                 break
-            found = measure(name, cases[name], args.sides, args.repeats, Path(folder))
+            found = measure(
+                name,
+                cases[name],
+                [*args.sides, *(f"clm-dist {one}" for one in args.without)],
+                args.repeats,
+                Path(folder),
+            )
             text += table(name, cases[name], found)
             if args.output:
                 args.output.write_text(text)

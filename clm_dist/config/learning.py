@@ -175,6 +175,12 @@ class TrainConfig(Section):
         """YAML 1.1 reads a bare `no` as false."""
         return "no" if value is False else value
 
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _on_and_off_are_words(cls, value: Any) -> Any:
+        """YAML 1.1 reads a bare `on` as true."""
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
 
 class CheckpointConfig(Section):
     """How often the state of a run is saved, and what is kept of it."""

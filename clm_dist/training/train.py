@@ -76,7 +76,8 @@ def loop(config: Config, job: Job, engine: Engine, keeper: Keeper, observer: Obs
     plan, state = job.plan, keeper.state
     batches = Batches(job.train_blocks, config.train.isolate_documents, engine.accelerator.device)
     while state.step < plan.max_steps and not keeper.leaving:
-        engine.model.train()
+        if not engine.model.training:  # it walks over all modules
+            engine.model.train()
         lr = lr_at(state.step, plan.max_steps, config.optim)
         engine.set_lr(lr)
         step_nll, scored_tokens = accumulate(
