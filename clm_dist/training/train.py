@@ -75,9 +75,8 @@ def loop(config: Config, job: Job, engine: Engine, keeper: Keeper, observer: Obs
     """One turn is one optimizer update. Ends with the last step, or when all ranks agreed to leave."""
     plan, state = job.plan, keeper.state
     batches = Batches(job.train_blocks, config.train.isolate_documents, engine.accelerator.device)
+    engine.model.train()  # once, since it walks over all modules; evaluation and sampling leave it as it was
     while state.step < plan.max_steps and not keeper.leaving:
-        if not engine.model.training:  # it walks over all modules
-            engine.model.train()
         lr = lr_at(state.step, plan.max_steps, config.optim)
         engine.set_lr(lr)
         step_nll, scored_tokens = accumulate(
