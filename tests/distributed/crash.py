@@ -119,9 +119,9 @@ def wait_for(condition, seconds: float) -> bool:
     return False
 
 
-def kill_once(start: Start, number: int, target: str) -> str:
-    """Lets a start live for a random while. Returns at which moment it was hit."""
-    moment = random.choice(["start-up", "steps", "steps", "save", "save"])
+def kill_once(start: Start, number: int, target: str, moment: str | None = None) -> str:
+    """Lets a start live for a random while. Returns at which moment it was hit: a random one, too, if none is given."""
+    moment = moment or random.choice(["start-up", "steps", "steps", "save", "save"])
     before = start.steps()
     if moment == "start-up":
         time.sleep(random.uniform(0.5, 6))

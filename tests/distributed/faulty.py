@@ -2,7 +2,8 @@
 
 CLM_DIST_FAULT=PLACE:ACTION[:RANK[:TIMES]] does ACTION whenever rank RANK (default: all) comes to PLACE, after so many times
 (default 0). Places: preparing, data, micro-step, evaluation, saving, exporting. Actions: pause (half a second, after
-touching CLM_DIST_MARKER), raise, hang, stop (SIGSTOP), kill, nan (a loss that is none), flip (a bit of a weight).
+touching CLM_DIST_MARKER), raise, hang, stop (SIGSTOP), kill, nan (a loss that is none), flip (a bit of a weight). unsettled
+raises too, and is a mutant from the beginning: DDP's buckets as they come.
 CLM_DIST_NOTES=FOLDER gets a file per rank of its own hashes of what was consumed, a line a step.
 """
 
@@ -38,7 +39,7 @@ def come_to(place, micro_step=0):
     if ACTION == "pause":
         Path(os.environ["CLM_DIST_MARKER"]).touch()
         time.sleep(0.5)
-    elif ACTION == "raise":
+    elif ACTION in ("raise", "unsettled"):
         raise ValueError(f"injected while {place}")
     elif ACTION == "hang":
         time.sleep(3600)

@@ -1,6 +1,7 @@
 """The promise: a run that is interrupted in any way gives what one that never was gives; and what fails is named.
 
-Each case is launched for real, with two processes, through the same launcher as the users' own.
+Each case is real processes. Those that are signalled or killed, and those in which the launcher has a part, have a launch
+of their own, through the same launcher as the users' own; the others, and the starts that go on, share one (`launch_warm`).
 """
 
 import json
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import launch, read_rows, run_command
+from conftest import launch, read_rows
 from crash import Start, compare, crash_test, prepare, wait_for
 from safetensors.numpy import load_file
 
@@ -22,31 +23,48 @@ PHASES = ["preparing", "data", "micro-step", "evaluation", "saving", "exporting"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def go_on(launch_warm):
+    """Begins a run, or goes on with it, to its end."""
+
+    def gone_on(recipe, run, processes=2, fault="none:none"):
+        env = {"CLM_DIST_FAULT": fault}
+        done = launch_warm(processes, "train", recipe, f"run_dir={run}", script=FAULTY, env=env)
+        assert done.code == 0, done.err
+
+    return gone_on
+
+
+@pytest.fixture(scope="module")
+def folder(go_on, tmp_path_factory):
     """A recipe with accumulation, dropout, evaluations and saves; its data; and the run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("recovery")
     prepare(folder, STEPS)
-    reference = Start(folder / "recipe.yaml", folder / "reference", 2)
-    assert reference.wait() == 0, reference.log.read_text()
+    go_on(folder / "recipe.yaml", folder / "reference")
     return folder
 
 
-def faulty(folder, run, fault, *overrides):
-    """A start with a fault; the launcher's result, the seconds it took, and failure.json."""
-    began = time.monotonic()
-    env = {"CLM_DIST_FAULT": fault}
-    done = launch(2, "train", folder / "recipe.yaml", f"run_dir={run}", *overrides, script=FAULTY, env=env)
-    failure = json.loads((run / "failure.json").read_text()) if (run / "failure.json").exists() else None
-    return done, time.monotonic() - began, failure
+@pytest.fixture(scope="module")
+def faulty(launch_warm, folder):
+    """A start with a fault: how it ended, and failure.json. launch: the one to take, where the launcher has a part."""
+
+    def started(run, fault, *overrides, processes=2, launch=launch_warm):
+        arguments = ("train", folder / "recipe.yaml", f"run_dir={run}", *overrides)
+        done = launch(processes, *arguments, script=FAULTY, env={"CLM_DIST_FAULT": fault})
+        failure = json.loads((run / "failure.json").read_text()) if (run / "failure.json").exists() else None
+        return done, failure
+
+    return started
 
 
 @pytest.mark.slow
-def test_an_exception_on_one_rank_ends_all_and_is_named(folder, tmp_path):
-    """In each phase of one run, one start after the other; then the run ends as if nothing had been."""
+def test_an_exception_on_one_rank_ends_all_and_is_named(folder, faulty, go_on, tmp_path):
+    """In each phase of one run, one start after the other; then the run ends as if nothing had been. One start of all has
+    the launcher's agent end the other rank."""
     run = tmp_path / "run"
     for place in PHASES:
         phase = {"data": "training", "micro-step": "training"}.get(place, place)
-        done, _, failure = faulty(folder, run, f"{place}:raise:1")
+        own = {"launch": launch} if place == "micro-step" else {}
+        done, failure = faulty(run, f"{place}:raise:1", **own)
         assert done.code == 1
         assert failure["rank"] == 1 and failure["world_size"] == 2 and failure["host"]
         assert failure["error"] == f"ValueError: injected while {place}" and "faulty.py" in failure["traceback"]
@@ -54,8 +72,7 @@ def test_an_exception_on_one_rank_ends_all_and_is_named(folder, tmp_path):
         assert time.time() - failure["time"] < 10  # and the other rank, and the launcher, are gone since
         assert len(re.findall("clm-dist train: ", done.err)) == 1  # one line, not one of each victim
         assert f"failed: rank 1 of 2 on {failure['host']}" in done.err
-    again = launch(2, "train", folder / "recipe.yaml", f"run_dir={run}")
-    assert again.code == 0, again.err
+    go_on(folder / "recipe.yaml", run)
     assert not (run / "failure.json").exists() and len(list((run / "failures").iterdir())) == len(PHASES)
     assert compare(run, folder / "reference") == []
 
@@ -69,8 +86,8 @@ def test_an_exception_on_one_rank_ends_all_and_is_named(folder, tmp_path):
         pytest.param("data:stop:1:9", "no sign of life for", marks=pytest.mark.soak),
     ],
 )
-def test_a_rank_that_is_gone_or_stuck_is_named(folder, tmp_path, fault, reason):
-    done, _, failure = faulty(folder, tmp_path / "run", fault, "train.hang_seconds=8")
+def test_a_rank_that_is_gone_or_stuck_is_named(faulty, tmp_path, fault, reason):
+    done, failure = faulty(tmp_path / "run", fault, "train.hang_seconds=8", launch=launch)
     assert done.code == 1
     assert failure["rank"] == 1 and failure["phase"] == "training", failure
     assert failure["error"].startswith(reason) and "Thread" not in failure["error"]
@@ -83,21 +100,21 @@ def test_a_rank_that_is_gone_or_stuck_is_named(folder, tmp_path, fault, reason):
 
 
 @pytest.mark.slow
-def test_a_bad_number_on_one_rank_is_everybodys_and_can_be_replayed(folder, tmp_path):
+def test_a_bad_number_on_one_rank_is_everybodys_and_can_be_replayed(command, faulty, tmp_path):
     """Stop: saved before it. Skip: the update is withheld. Rewind: back, and past the data."""
     fault = "loss:nan:1:40"  # rank 1's second micro-batch of step 14, of three
-    done, _, failure = faulty(folder, tmp_path / "stop", fault)
+    done, failure = faulty(tmp_path / "stop", fault)
     assert done.code == 1 and "step 14: the loss is nan (that of rank 1 of 2)" in failure["error"], done.err
     assert json.loads((tmp_path / "stop/checkpoints/step-00000013/state.json").read_text())["step"] == 13
     weights = {}
     for action in ("skip", "rewind"):
         run = tmp_path / action
-        done, _, failure = faulty(folder, run, fault, f"train.on_nonfinite={action}", "train.resume=never")
+        done, failure = faulty(run, fault, f"train.on_nonfinite={action}", "train.resume=never")
         assert done.code == 0 and failure is None, done.err
         assert f"step 14: the loss is nan (that of rank 1 of 2); {action}" in done.out
         rows = read_rows(run / "ledger.jsonl")
         weights[action] = load_file(run / "model" / "model.safetensors")
-        verified = run_command("verify", run)
+        verified = command("verify", run)
         assert verified.code == 0, verified.err
         if action == "skip":
             assert [row["step"] for row in rows if row["event"] == "step" and not row["update"]] == [14]
@@ -110,7 +127,7 @@ def test_a_bad_number_on_one_rank_is_everybodys_and_can_be_replayed(folder, tmp_
 
 
 @pytest.mark.slow
-def test_replay_shows_the_batch_that_overflows(folder, tmp_path):
+def test_replay_shows_the_batch_that_overflows(command, launch_warm, folder, tmp_path):
     """A weight that is infinite for one token: whichever rank meets it, and `replay` meets it again in one process."""
     from safetensors.torch import load_file as load
     from safetensors.torch import save_file
@@ -128,42 +145,41 @@ def test_replay_shows_the_batch_that_overflows(folder, tmp_path):
         f"run_dir={run}",
         "train.micro_batch_size=1",
     ]
-    refused = launch(2, "train", folder / "recipe.yaml", *overrides)
+    refused = launch_warm(2, "train", folder / "recipe.yaml", *overrides)
     assert refused.code and "no finite numbers before its first step" in refused.err and not run.exists()
-    done = launch(2, "train", folder / "recipe.yaml", *overrides, "model.check_causality=false")
+    done = launch_warm(2, "train", folder / "recipe.yaml", *overrides, "model.check_causality=false")
     assert done.code == 1, done.err
     failure = json.loads((run / "failure.json").read_text())
     step = int(re.search(r"step (\d+): the loss is", failure["error"])[1])
     ranks = re.search(r"that of rank ([\d, ]+) of 2", failure["error"])[1].split(", ")
-    replayed = run_command("replay", run, step)
+    replayed = command("replay", run, step)
     assert replayed.code == 0, replayed.err
     rows = [line.split() for line in replayed.out.splitlines()[2:]]
     assert len(rows) == 12  # each micro-batch of each rank
     assert sorted({row[0] for row in rows if row[2] in ("nan", "inf")}) == ranks
     assert "not finite in transformer.wte.weight" in replayed.out
-    assert run_command("replay", run, step + 1).code == 2
+    assert command("replay", run, step + 1).code == 2
 
 
-def test_ranks_that_differ_are_found(folder, tmp_path):
-    done, _, failure = faulty(folder, tmp_path / "run", "update:flip:1:12", "train.compare_ranks_every=5")
+def test_ranks_that_differ_are_found(faulty, tmp_path):
+    done, failure = faulty(tmp_path / "run", "update:flip:1:12", "train.compare_ranks_every=5")
     assert done.code == 1
     assert "the ranks hold different weights: transformer.wte.weight differs first (rank" in failure["error"], done.err
     assert failure["step"] == 15
 
 
 @pytest.mark.slow
-def test_worlds_of_other_sizes_go_on_with_the_same_blocks(folder, tmp_path):
-    """1, 2, 3 and 1 processes in one run. Dropout goes by micro-batches, which stay the same size."""
+def test_worlds_of_other_sizes_go_on_with_the_same_blocks(command, folder, faulty, go_on, tmp_path):
+    """1, 2, 3 and 1 processes in one run, each but the last of which ends by a fault a while after a save. Dropout goes by
+    micro-batches, which stay the same size."""
     run = tmp_path / "run"
-    for processes, steps in ((1, 9), (2, 16), (3, 25), (1, None)):
-        start = Start(folder / "recipe.yaml", run, processes)
-        if steps is not None:
-            assert wait_for(lambda steps=steps: reached(run) >= steps, 60), start.log.read_text()
-            start.send(signal.SIGTERM, "all")
-        assert start.wait() == (0 if steps is None else 75), start.log.read_text()
+    for processes in (1, 2, 3):
+        done, failure = faulty(run, "data:raise::9", processes=processes)  # in the tenth step of each
+        assert done.code == 1 and failure["world_size"] == processes, done.err
+    go_on(folder / "recipe.yaml", run, 1)
     rows = read_rows(run / "ledger.jsonl")
     assert [row["world_size"] for row in rows if row["event"] == "start"] == [1, 2, 3, 1]
-    verified = run_command("verify", run)
+    verified = command("verify", run)
     assert verified.code == 0, verified.err
     reference = folder / "reference"
     assert last(run)["consumed"] == last(reference)["consumed"]  # exactly the same blocks in the same steps
@@ -186,7 +202,7 @@ def last(run):
     return [row for row in read_rows(run / "ledger.jsonl") if row["event"] == "step"][-1]
 
 
-def interrupted_everywhere(folder, run, signals):
+def interrupted_everywhere(folder, go_on, run, signals):
     """Sends a signal in each phase, one start after the other; every start goes on from where the last one left.
 
     signals: (target, number) for each phase.
@@ -200,45 +216,43 @@ def interrupted_everywhere(folder, run, signals):
         start.send(number, target)
         code = start.wait(40)
         assert code == 75, (place, code, start.log.read_text()[-3000:])
-    last_start = Start(folder / "recipe.yaml", run, 2)
-    assert last_start.wait() == 0, last_start.log.read_text()
+    go_on(folder / "recipe.yaml", run)
+    assert compare(run, folder / "reference") == []
 
 
 SIGNALS = [(target, number) for number in (signal.SIGTERM, signal.SIGUSR1) for target in ("rank", "launcher", "all")]
 
 
 @pytest.mark.slow
-def test_a_signal_in_every_phase(folder, tmp_path):
+def test_a_signal_in_every_phase(folder, go_on, tmp_path):
     """Six signals in six phases, each once; the soak suite sends each in all of them."""
-    interrupted_everywhere(folder, tmp_path / "run", SIGNALS)
-    assert compare(tmp_path / "run", folder / "reference") == []
+    interrupted_everywhere(folder, go_on, tmp_path / "run", SIGNALS)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize(("target", "number"), SIGNALS)
-def test_each_signal_in_every_phase(folder, tmp_path, target, number):
-    interrupted_everywhere(folder, tmp_path / "run", [(target, number)] * len(PHASES))
-    assert compare(tmp_path / "run", folder / "reference") == []
+def test_each_signal_in_every_phase(folder, go_on, tmp_path, target, number):
+    interrupted_everywhere(folder, go_on, tmp_path / "run", [(target, number)] * len(PHASES))
 
 
-def test_a_signal_to_one_rank(folder, tmp_path):
+def test_a_signal_to_one_rank(folder, go_on, tmp_path):
     """The others have not heard it, and stop at the same step."""
     start = Start(folder / "recipe.yaml", tmp_path / "run", 2)
     assert wait_for(lambda: reached(tmp_path / "run") >= 5, 60)
     start.send(signal.SIGUSR1, "rank")
     assert start.wait() == 75, start.log.read_text()
-    assert Start(folder / "recipe.yaml", tmp_path / "run", 2).wait() == 0
+    go_on(folder / "recipe.yaml", tmp_path / "run")
     assert compare(tmp_path / "run", folder / "reference") == []
 
 
 @pytest.mark.slow
-def test_a_stop_file_is_the_wish_of_somebody_who_is_there(folder, tmp_path):
+def test_a_stop_file_is_the_wish_of_somebody_who_is_there(folder, go_on, tmp_path):
     """130 from whichever rank notes its code first, not 75: nothing queues the run again. It goes on when asked to."""
     start = Start(folder / "recipe.yaml", tmp_path / "run", 2)
     assert wait_for(lambda: reached(tmp_path / "run") >= 5, 60)
     (tmp_path / "run" / "STOP").touch()
     assert start.wait() == 130, start.log.read_text()
-    assert Start(folder / "recipe.yaml", tmp_path / "run", 2).wait() == 0
+    go_on(folder / "recipe.yaml", tmp_path / "run")
     assert compare(tmp_path / "run", folder / "reference") == []
 
 
@@ -251,7 +265,7 @@ def alive(pid):
 
 
 @pytest.mark.slow
-def test_a_launcher_that_dies_of_a_signal(folder, tmp_path):
+def test_a_launcher_that_dies_of_a_signal(folder, go_on, tmp_path):
     """Without PET_SIGNALS_TO_HANDLE, SIGUSR1 kills it at once; its ranks find it gone, save, and leave."""
     heard_by_default = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT"}
     start = Start(folder / "recipe.yaml", tmp_path / "run", 2, heard_by_default)
@@ -262,7 +276,7 @@ def test_a_launcher_that_dies_of_a_signal(folder, tmp_path):
     assert wait_for(lambda: start.outcome.exists() and told in start.log.read_text(), 30), start.log.read_text()
     assert wait_for(lambda: not any(alive(pid) for pid in ranks), 30)  # each notes its code at its own end
     assert start.wait() == 75
-    assert Start(folder / "recipe.yaml", tmp_path / "run", 2).wait() == 0
+    go_on(folder / "recipe.yaml", tmp_path / "run")
     assert compare(tmp_path / "run", folder / "reference") == []
 
 
@@ -276,22 +290,19 @@ def test_mutant_a_flag_of_one_rank(folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutant", ["none", pytest.param("unsettled", marks=pytest.mark.soak)])
-def test_three_processes_too_are_equal_to_the_last_bit(folder, tmp_path, mutant):
+@pytest.mark.parametrize("fault", ["raise", pytest.param("unsettled", marks=pytest.mark.soak)])
+def test_three_processes_too_are_equal_to_the_last_bit(folder, faulty, go_on, tmp_path, fault):
     """Three numbers can be added up in different orders: DDP's first buckets are others than its later ones (mutant)."""
-    env = {"CLM_DIST_FAULT": f"none:{mutant}"}
-    runs = [tmp_path / name for name in ("stopped", "reference")]
-    start = Start(folder / "recipe.yaml", runs[0], 3, env, FAULTY)
-    assert wait_for(lambda: reached(runs[0]) >= 10, 60)
-    start.send(signal.SIGTERM, "all")
-    assert start.wait() == 75, start.log.read_text()
+    runs = [tmp_path / name for name in ("broken_off", "reference")]
+    done, failure = faulty(runs[0], f"data:{fault}::9", processes=3)
+    assert done.code == 1 and failure["error"] == "ValueError: injected while data", done.err
     for run in runs:
-        assert Start(folder / "recipe.yaml", run, 3, env, FAULTY).wait() == 0
-    assert (compare(*runs) == []) == (mutant == "none")
+        go_on(folder / "recipe.yaml", run, 3, f"none:{fault}")
+    assert (compare(*runs) == []) == (fault == "raise")
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps"), [pytest.param(3, 150, marks=pytest.mark.slow), pytest.param(25, 400, marks=pytest.mark.soak)]
+    ("kills", "steps"), [pytest.param(2, 60, marks=pytest.mark.slow), pytest.param(25, 400, marks=pytest.mark.soak)]
 )
 def test_killed_at_random_moments(tmp_path, kills, steps):
     assert crash_test(tmp_path, kills=kills, processes=2, steps=steps, signals=["KILL"], seed=11) == []
