@@ -3,10 +3,12 @@ PYTHON ?= python3.11
 VENV := .venv
 # two files at a time; a test that computes, computes on one core, for its neighbour has the other
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
+# no bytecode ahead: of tens of thousands of modules a command imports a few thousand, and compiles those once
+INSTALL := -m pip --disable-pip-version-check install -qq --no-compile
+PIP := $(VENV)/bin/python $(INSTALL) --constraint constraints.txt
 # a second environment, with transformers 4.57: architectures that have left transformers 5
 LEGACY := .venv-legacy
-PIP_LEGACY := $(LEGACY)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints-legacy.txt
+PIP_LEGACY := $(LEGACY)/bin/python $(INSTALL) --constraint constraints-legacy.txt
 
 .PHONY: demo test check test-slow test-soak test-outside test-cluster test-architectures test-legacy bench clean
 
@@ -29,15 +31,15 @@ test-soak: $(VENV)/.installed-dev  ## what repeats: every signal, every engine, 
 	$(PYTEST) -m soak
 
 test-outside: $(VENV)/.installed-dev  ## trackers and pushes over kills, hangs and dead endpoints
-	$(PYTEST) -m outside
+	$(PYTEST) -m "outside and not soak"
 
 test-cluster: $(VENV)/.installed-dev  ## jobs on a real Slurm of two nodes, started on this machine; needs root and Debian
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m cluster tests/cluster
 
-test-architectures: $(VENV)/.installed-dev  ## every architecture of the guide that transformers 5 has, by two processes
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m architectures tests/architectures
-
 WHICH := architectures
+test-architectures: $(VENV)/.installed-dev  ## every architecture of the guide that transformers 5 has, by two processes
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "$(WHICH)" tests/architectures
+
 test-legacy: $(LEGACY)/.installed  ## the same with transformers 4.57, which has those that left
 	OMP_NUM_THREADS=1 $(LEGACY)/bin/python -m pytest -m "$(WHICH)" tests/architectures
 

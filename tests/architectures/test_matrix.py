@@ -54,7 +54,7 @@ def test_it_is_trained_and_proved(trained, type_):
     assert cells == {name: recorded[name] for name in cells}
 
 
-@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+@pytest.mark.parametrize("kind", [pytest.param("zero2", marks=pytest.mark.soak), "zero3"])
 def test_one_of_each_kind_under_zero(folder, kind):
     types = [one for one in KINDS if one in HERE]
     found = {type_: one_verdict(cells) for type_, cells in run(folder, kind, types).items()}

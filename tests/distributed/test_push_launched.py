@@ -106,7 +106,13 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, id=name, marks=() if name == "silence" else pytest.mark.soak)
+        for name, fault in FAULTS.items()
+    ],
+)
 def test_training_ends_by_itself_and_push_completes_later(hub, recipe, tmp_path, fault):
     run = tmp_path / "run"
     hub.faults.append(fault)
