@@ -228,14 +228,14 @@ def launch_warm(tmp_path_factory):
 
     kept: dict[tuple[int, str], Launched] = {}
 
-    def launch(processes, *arguments, script=None, env=None, config="ddp"):
+    def launch(processes, *arguments, script=None, env=None, config="ddp", cwd=ROOT):
         key = processes, config
         launched = kept.pop(key, None) or Launched(tmp_path_factory.mktemp("launched"), *key)
         kept[key] = launched  # the newest is last
         if len(kept) > KEPT:
             kept.pop(next(iter(kept))).end()
         program = [str(script)] if script else ["-m", "clm_dist"]
-        return launched.run([*program, *map(str, arguments)], env or {})
+        return launched.run([*program, *map(str, arguments)], env or {}, cwd)
 
     yield launch
     for launched in kept.values():

@@ -28,7 +28,7 @@ class Launched:
             cwd=ROOT, env=environment, stdout=self.log, stderr=self.log, start_new_session=True,
         )  # fmt: skip
 
-    def run(self, program: list[str], env: dict[str, str]) -> Result:
+    def run(self, program: list[str], env: dict[str, str], cwd: Path) -> Result:
         """One case, to its end: the code of a rank that failed by itself, if one did, and what all of them said."""
         name, self.count = str(self.count), self.count + 1
         # a store for each case, held here as by the launcher's agent, whose own remembers the group of the case before
@@ -36,7 +36,7 @@ class Launched:
         own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         own = own if self.processes > 1 else {}
         staged = self.folder / f".{name}.json"
-        staged.write_text(json.dumps({"program": program, "env": {**env, **own}}))
+        staged.write_text(json.dumps({"program": program, "env": {**env, **own}, "cwd": str(cwd)}))
         staged.rename(self.folder / f"{name}.json")
         codes = [self.folder / f"{name}-{rank}.code" for rank in range(self.processes)]
         end = time.monotonic() + PATIENCE

@@ -35,6 +35,7 @@ def become(case: dict, name: str) -> None:
         file = os.open(FOLDER / f"{name}-{RANK}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
     os.environ.update(case["env"])
+    os.chdir(case["cwd"])
     first, *rest = case["program"]
     code = 0
     try:
