@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import ROOT, run_command
+from conftest import ROOT
 
 PAGE = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
 SHOWN = re.findall(r"```bash\nclm-dist (.*?)\n```\n\n```text\n(.*?)\n```", PAGE, re.DOTALL)
@@ -14,8 +14,8 @@ def test_the_page_shows_both_models():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "expected"), SHOWN, ids=["gpt2_xl", "llama_7b"])
-def test_a_table_is_what_the_command_prints(command, expected):
-    done = run_command(*command.split())
+@pytest.mark.parametrize(("shown", "expected"), SHOWN, ids=["gpt2_xl", "llama_7b"])
+def test_a_table_is_what_the_command_prints(command, shown, expected):
+    done = command(*shown.split())
     assert done.code == 0, done.err
     assert done.out.rstrip() == expected

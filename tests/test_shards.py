@@ -176,10 +176,10 @@ def test_a_killed_worker_is_told_and_the_same_command_goes_on(place, tmp_path):
     assert contents(tmp_path / "set") == contents(place / "one")
 
 
-@pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.soak)])
-def test_killed_at_random_moments(place, tmp_path, kills):
+@pytest.mark.soak
+def test_killed_at_random_moments(place, tmp_path):
     """Of a worker, or of the whole command; then the same command again."""
-    draw, killed = random.Random(0), 0
+    draw, kills, killed = random.Random(0), 20, 0
     for _ in range(kills):
         shutil.rmtree(tmp_path / "set", ignore_errors=True)
         process = begin(place, tmp_path / "set", "--workers", "2")

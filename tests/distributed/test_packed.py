@@ -48,7 +48,7 @@ def run(launch_warm, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.soak)])
 def test_nothing_depends_on_the_processes(run, world):
     losses, evaluations, weights = run(1)
     cut = run(world)

@@ -38,6 +38,13 @@ def cases(architectures, precisions=("no", "bf16")):
 
 @pytest.mark.slow
 def test_five_architectures(tmp_path):
+    """Every other one in bf16; the soak suite has each in both precisions."""
+    half, rest = list(TINY)[::2], list(TINY)[1::2]
+    check(tmp_path, 2, cases(half, ["no"]) + cases(rest, ["bf16"]))
+
+
+@pytest.mark.soak
+def test_five_architectures_in_both_precisions(tmp_path):
     check(tmp_path, 2, cases(TINY))
 
 

@@ -98,12 +98,12 @@ def assert_same_evaluation_before_training(run, reference):
     assert run.evaluations[0] == pytest.approx(reference.evaluations[0], rel=1e-9)
 
 
-LATER = [(1, 3), (2, 3), (3, 1), (3, 3)]  # the slow suite cuts in these ways too
+LATER = [(1, 3), (2, 3), (3, 1), (3, 3)]  # the soak suite cuts in these ways too
 
 
 @pytest.mark.parametrize(
     "shape",
-    [pytest.param(one, marks=pytest.mark.slow if one in LATER else ()) for one in SHAPES if one != (1, 1)],
+    [pytest.param(one, marks=pytest.mark.soak if one in LATER else ()) for one in SHAPES if one != (1, 1)],
     ids=str,
 )
 def test_nothing_depends_on_the_cut(run, shape):
@@ -133,7 +133,7 @@ def test_every_block_once_an_epoch_over_all_ranks(run, folder):
     assert sorted(run(3, 2).stream[:blocks]) == list(range(blocks))
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.soak)])
 def test_evaluation_of_the_same_weights(launch_warm, run, folder, world):
     """The command at another world size: equal to 1e-9, also when a rank has no block at all."""
     run(1, 1)

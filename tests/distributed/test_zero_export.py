@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, launch, prepare_recipe
+from conftest import TINY_MODEL, prepare_recipe
 from safetensors.torch import load_file
 
 from clm_dist.checkpoint.saved import Saved
@@ -19,10 +19,10 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 
 
-@pytest.fixture(scope="module", params=list(DTYPES))
-def exported(request, tmp_path_factory):
-    """(precision, folder) of an export by two ranks, with hardly a parameter that stage 3 keeps whole."""
-    folder = tmp_path_factory.mktemp("export")
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """ZeRO-3 with hardly a parameter that it keeps whole."""
+    folder = tmp_path_factory.mktemp("config")
     values = json.loads((Path(__file__).parents[2] / "ds_configs" / "zero3.json").read_text())
     values["zero_optimization"]["stage3_param_persistence_threshold"] = 40
     (folder / "ds.json").write_text(json.dumps(values))
@@ -30,11 +30,18 @@ def exported(request, tmp_path_factory):
         "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_machines: 1\nnum_processes: 2\n"
         f"deepspeed_config: {{deepspeed_config_file: {folder / 'ds.json'}, zero3_init_flag: false}}\n"
     )
+    return folder / "zero3"
+
+
+@pytest.fixture(scope="module", params=list(DTYPES))
+def exported(request, launch_warm, config, tmp_path_factory):
+    """(precision, folder) of an export by two ranks."""
+    folder = tmp_path_factory.mktemp("export")
     model = {**TINY_MODEL, "config": {**TINY_MODEL["config"], "n_layer": 6, "n_embd": 48}}
     train = {"global_batch_size": 8, "micro_batch_size": 2, "max_steps": 3, "mixed_precision": request.param}
     recipe = prepare_recipe(folder, 40, model=model, train=train)
     script = Path(__file__).parent / "engines.py"
-    done = launch(2, "export", recipe, folder, script=script, config=str(folder / "zero3"))
+    done = launch_warm(2, "export", recipe, folder, script=script, config=str(config))
     assert done.code == 0, done.err
     return request.param, folder
 

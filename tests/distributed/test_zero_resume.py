@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, prepare_recipe, read_rows, run_command
+from conftest import TINY_MODEL, prepare_recipe, read_rows
 
 from clm_dist.checkpoint import content
 from clm_dist.checkpoint.folder import Checkpoint
@@ -118,7 +118,7 @@ def test_going_on_is_equal_to_the_last_bit(go_on, recipe, reference, tmp_path, c
 
 
 @pytest.mark.parametrize("config", ["zero3", pytest.param("zero2", marks=pytest.mark.soak)])
-def test_two_ranks_then_one_then_three(go_on, recipe, reference, tmp_path, config):
+def test_two_ranks_then_one_then_three(command, go_on, recipe, reference, tmp_path, config):
     """Loaded by one rank, then by three: moments and weights are those that were saved, to the last bit. Where the run then
     ends, the moments are those of a run that was never resharded to 1e-6, absolutely; relative to the largest of each
     tensor to 1e-4, for ranks add gradients up in another order, by which weights move in their last digits, and later
@@ -138,21 +138,21 @@ def test_two_ranks_then_one_then_three(go_on, recipe, reference, tmp_path, confi
     for name in (name for name in expected[1].names() if name.startswith("exp_avg")):
         a, b = (one[1].read(name, 0, expected[1].numel(name)) for one in (found, expected))
         assert (a - b).abs().max() <= 1e-6, name
-    assert run_command("verify", run).code == 0
+    assert command("verify", run).code == 0
 
 
-def test_one_run_by_five_engines(go_on, recipe, reference, tmp_path):
+def test_one_run_by_five_engines(command, go_on, recipe, reference, tmp_path):
     """DDP, ZeRO-3, FSDP2, ZeRO-2, one process: each takes over what the one before it saved, to the last bit; the blocks
     are those of any other run, and the ledger holds."""
     whole, run = reference("zero2"), tmp_path / "run"
-    for number, (config, processes) in enumerate([("ddp", 2), ("zero3", 2), ("fsdp2", 3), ("zero2", 2), ("ddp", 1)]):
+    for number, (config, processes) in enumerate([("ddp", 2), ("zero3", 2), ("fsdp2", 2), ("zero2", 2), ("ddp", 1)]):
         before = None
         if number:
             cut(run, 2 * number)  # each has saved two steps more than the one before it
             before = saved(run, 2 * number)
         loaded = go_on(recipe, run, config, processes, every=2)
         assert loaded is None if before is None else differences(loaded, before) == {}
-    verified = run_command("verify", run)
+    verified = command("verify", run)
     assert verified.code == 0, verified.err
     assert consumed(run) == consumed(whole)
     assert max(differences(saved(run, STEPS), saved(whole, STEPS)).values()) < 1e-4
