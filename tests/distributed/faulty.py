@@ -22,6 +22,7 @@ import clm_dist.training.train as training
 from clm_dist.checkpoint import tensors
 from clm_dist.cli import main
 from clm_dist.engine.replicated import Replicated
+from clm_dist.model.objective import Objective
 from clm_dist.training.agreement import Agreement
 from clm_dist.training.logbook import Logbook
 
@@ -72,17 +73,17 @@ def inside_steps(original):
 
 
 def spoilt(original):
-    """A loss that is no number, or a weight that flips."""
+    """A loss that is no number; only steps say what is scored, settling does not."""
 
-    def nll(logits, input_ids, scored):
-        result = original(logits, input_ids, scored)
-        if PLACE == "loss" and RANK in ("", os.environ.get("RANK", "0")):
+    def summed(self, model, inputs, *scored):
+        result = original(self, model, inputs, *scored)
+        if scored and PLACE == "loss" and RANK in ("", os.environ.get("RANK", "0")):
             seen["loss"] = seen.get("loss", 0) + 1
             if seen["loss"] == int(TIMES or 0) + 1:
                 result = result * float("nan")
         return result
 
-    return nll
+    return summed
 
 
 def flipping(original):
@@ -127,7 +128,7 @@ before(tensors, "save", "saving")
 before(observing, "export", "exporting")
 before(exporting, "_set_generation_defaults", "exporting on the main process")
 training.window = inside_steps(training.window)
-training.next_token_nll = spoilt(training.next_token_nll)
+Objective.summed = spoilt(Objective.summed)
 training.make_optimizer = flipping(training.make_optimizer)
 
 
