@@ -68,6 +68,13 @@ def _about_training(config: Config) -> Iterator[str]:
             f"train.global_batch_size={train.global_batch_size} is not divisible by train.micro_batch_size="
             f"{train.micro_batch_size}; set a micro_batch_size among {divisors(train.global_batch_size)}"
         )
+    if train.profile_steps is not None:
+        first, last = train.profile_steps
+        if first > last or (train.max_steps is not None and first > train.max_steps):
+            yield (
+                f"train.profile_steps=[{first}, {last}] are no steps of this run; give the first and the last one, between "
+                f"1 and {train.max_steps or 'its last'}"
+            )
     if (optim.decay_steps is not None) != (optim.schedule == "wsd"):
         yield (
             f"optim.schedule={optim.schedule} with optim.decay_steps={optim.decay_steps}: decay_steps is for wsd, "

@@ -96,6 +96,8 @@ def test_all_problems_at_once_with_the_nearest_names(tmp_path):
         ({"optim": {"schedule": "wsd"}}, "decay_steps is for wsd, which needs it"),
         ({"optim": {"decay_steps": 3}}, "decay_steps is for wsd"),
         ({"optim": {"warmup_steps": 7}}, "optim.warmup_steps=7 does not fit into train.max_steps=6"),
+        ({"train": {"profile_steps": [3, 2]}}, "train.profile_steps=[3, 2] are no steps of this run"),
+        ({"train": {"profile_steps": [7, 9]}}, "the first and the last one, between 1 and 6"),
     ],
 )
 def test_fields_that_disagree(tmp_path, sections, needle):

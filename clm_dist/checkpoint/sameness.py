@@ -15,7 +15,14 @@ NOT_LEARNED = (
     "model.check_causality",
     *("train.micro_batch_size", "train.log_every", "train.resume", "train.resume_changes", "train.stop_after"),
     *("train.on_nonfinite", "train.on_spike", "train.spike_deviations", "train.compare_ranks_every"),
-    *("train.hang_seconds", "train.activation_checkpointing", "train.deterministic"),
+    *(
+        "train.hang_seconds",
+        "train.activation_checkpointing",
+        "train.deterministic",
+        "train.chunked_loss",
+        "train.compile",
+    ),
+    "train.profile_steps",
 )
 
 PRECISION = "train.mixed_precision"

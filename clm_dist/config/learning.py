@@ -134,6 +134,10 @@ class TrainConfig(Section):
         "that cannot are refused.",
     )
     log_every: Count = Field(10, description="Steps between log lines.")
+    profile_steps: tuple[Count, Count] | None = Field(
+        None,
+        description="First and last step of which torch's profiler writes a trace into the run folder, e.g. [20, 22].",
+    )
     resume: Location = Field(
         "auto",
         description="auto: go on from the newest whole checkpoint of run_dir, or begin where there is none; never: refuse a "

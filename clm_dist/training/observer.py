@@ -25,6 +25,7 @@ from clm_dist.training.evaluate import evaluate
 from clm_dist.training.job import Job
 from clm_dist.training.keeper import Keeper
 from clm_dist.training.meter import Meter, evaluation_line, train_line
+from clm_dist.training.profiler import Profiler
 
 STEP = "outbox/step"  # in the run folder: an export on its way
 STOPPED = 5.0  # seconds that a run which was told to stop waits for its couriers
@@ -52,6 +53,8 @@ class Observer:
         self.folder = Path(config.run_dir)
         self.facts: dict[str, Any] = {"engine": engine.name}  # of the model
         self._told = told  # what else to say of it at the beginning
+        steps = config.train.profile_steps if accelerator.is_main_process else None
+        self.profiler = Profiler(steps, self.folder)
         self.metrics: MetricsFile | None = None  # these two on the main process
         self.couriers: Couriers | None = None
 
@@ -91,6 +94,7 @@ class Observer:
             self.say(line)
         self.meter.know_device(self.config.model, self.job.model_configuration)
         self.evaluate_if_due()
+        self.profiler.look(self.state.step)
         self.keeper.logbook.mark()
         self.meter.resume()
 
@@ -104,6 +108,8 @@ class Observer:
             self.log(step, metrics)
             self.say(train_line(step, metrics, self.plan))
         self.meter.pause()
+        if (told := self.profiler.look(step)) is not None:
+            self.say(told)
         self.evaluate_if_due()
         self.keeper.after_step(lr)
         self.push_if_due()
@@ -123,6 +129,8 @@ class Observer:
 
     def close(self, reason: str = "stopped") -> None:
         """No more rows: waits a bounded time until what was written has arrived where it should; less when told to stop."""
+        if (told := self.profiler.end(self.state.step)) is not None:
+            self.say(told)
         if self.metrics is not None and self.couriers is not None:
             self.metrics.finish()
             with self.watch.during("delivering"):

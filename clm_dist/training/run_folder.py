@@ -25,7 +25,7 @@ from clm_dist.watch.watch import FOLDER, STOP_FILE, Watch
 CONTENTS = (
     *("config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.json", "report.html"),
     *("model", "model_best", "tensorboard", "wandb", "checkpoints", "ledger.jsonl", "offending", "configs", "outbox"),
-    "mlflow.db",
+    *("mlflow.db", "profile"),
     "environment.json",  # last: while it stands, what is left is known to be of a run
 )
 # What processes tell each other, or left when they failed, and what a job reads that waits for nodes: no run yet.
