@@ -24,6 +24,7 @@ CELLS = {
     "generate": "the same text before and after the export, and what the model itself finds likeliest",
     "zero2": "trained, evaluated, exported under DeepSpeed's ZeRO-2 likewise; six kinds resumed too",
     "zero3": "the same under ZeRO-3",
+    "chunked loss": "loss and gradients by chunks of tokens are those of autograd through whole logits, within 1e-6",
     "checkpointing": "activations computed again give the same gradients, to the last bit",
     "bf16": "under autocast the loss is that of fp32 within 2 %",
     "isolation": "documents packed into a block do not see each other",

@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from lora_rows import verdict as verdict_of_adapters
@@ -12,6 +13,7 @@ from clm_dist.checkpoint.folder import newest_whole
 from clm_dist.data.prepared import open_blocks, open_prepared
 from clm_dist.data.tokenize import load_tokenizer, token_ids
 from clm_dist.errors import UserError
+from clm_dist.model import chunks
 from clm_dist.model.architectures import BY_TYPE
 from clm_dist.model.build import build_model, checkpoint_activations, load_model
 from clm_dist.model.causality import check_causality
@@ -19,6 +21,7 @@ from clm_dist.model.configuration import model_configuration, row_of
 from clm_dist.model.generate import by_passes, generate, generates
 from clm_dist.model.isolation import check_isolation
 from clm_dist.model.loss import next_token_nll
+from clm_dist.model.objective import find_objective
 
 BLOCK = 32
 PROOF = 64  # tokens of the proof here: chunks of attention that 32 would hide; positions have room for it
@@ -125,6 +128,29 @@ def gradients(model, autocast: bool = False):
     return loss.item(), {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
 
 
+def chunked(config) -> str:
+    """Loss and gradients by several chunks of tokens are those of autograd through whole logits."""
+    model = fresh(config)
+    loss, wanted = gradients(model)
+    model.zero_grad()
+    objective = find_objective(model)
+    if objective.head is None:
+        return f"no: {objective.why}; all logits are made at once"
+    torch.manual_seed(0)
+    ids = torch.randint(3, 300, (2, BLOCK))
+    torch.manual_seed(1)
+    with patch.object(chunks, "ELEMENTS_ON_CPU", 300 * 24):
+        summed = objective.summed(model.train(), {"input_ids": ids}) / ids[:, 1:].numel()
+        summed.backward()
+    found = {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
+    pairs = [(found[name], one) for name, one in wanted.items() if one is not None]
+    off, size = (sum(one.double().square().sum().item() for one in ones) ** 0.5
+                 for ones in ([a - b for a, b in pairs], [b for _, b in pairs]))  # fmt: skip
+    return verdict(
+        abs(summed.item() / loss - 1) <= 1e-6 and off <= 1e-6 * size, f"gradients are {off / size:.1e} of their norm off"
+    )
+
+
 def activation_checkpointing(config) -> str:
     """The same gradients, computed again."""
     model = fresh(config)
@@ -186,6 +212,7 @@ LOOKS = {
     "lora": adapters,
     "causal": causal,
     "gradients": all_trained,
+    "chunked loss": chunked,
     "checkpointing": activation_checkpointing,
     "bf16": bf16,
     "isolation": isolation,
