@@ -147,7 +147,8 @@ def chunked(config) -> str:
     off, size = (sum(one.double().square().sum().item() for one in ones) ** 0.5
                  for ones in ([a - b for a, b in pairs], [b for _, b in pairs]))  # fmt: skip
     return verdict(
-        abs(summed.item() / loss - 1) <= 1e-6 and off <= 1e-6 * size, f"gradients are {off / size:.1e} of their norm off"
+        abs(summed.item() / loss - 1) <= 1e-6 and off <= 1e-6 * size,
+        f"gradients are {off / size:.1e} of their norm off",
     )
 
 
