@@ -13,6 +13,7 @@ from conftest import TINY_MODEL, prepare_recipe
 from clm_dist import recipe
 from clm_dist.engine.replicated import Replicated
 from clm_dist.errors import UserError
+from clm_dist.model.objective import Objective
 from clm_dist.training import train as training
 from clm_dist.training.determinism import reserve_workspace, same_bits
 
@@ -76,7 +77,7 @@ def test_every_forward_and_backward_of_training_is_within(tmp_path, monkeypatch,
 
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(training, "same_bits", recorded)
-    monkeypatch.setattr(training, "next_token_nll", noted(training.next_token_nll, "forward"))
+    monkeypatch.setattr(Objective, "summed", noted(Objective.summed, "forward"))
     monkeypatch.setattr(Replicated, "backward", noted(Replicated.backward, "backward"))
     train = {"max_steps": 2, "global_batch_size": 4, "micro_batch_size": 2, "mixed_precision": "no"}
     train["deterministic"] = wanted
