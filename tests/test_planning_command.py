@@ -39,11 +39,15 @@ def test_a_table_before_anything_is_prepared(recipe, capsys):
 
 
 def test_an_evaluation_that_does_not_fit_is_made_smaller(recipe, capsys):
-    """16 x 300 logits of a sequence take 10 bytes each: in 20.7 GiB there is no room for a million sequences."""
+    """34 numbers of 4 bytes for each of 16 x 32 of a sequence: in 21.6 GiB there is no room for a million sequences. With whole
+    logits 16 x 300 of them take 10 bytes each."""
     assert main(["plan", recipe, *ROOM, "evaluate.micro_batch_size=1000000"]) == 0
     out = capsys.readouterr().out
     [room] = re.findall(r"evaluate.micro_batch_size=1000000 does not fit, (\d+) sequences do; the command", out)
-    assert 21.6 * 2**30 * 0.99 / (16 * 300 * 10) < int(room) < 21.62 * 2**30 / (16 * 300 * 10)
+    assert 21.6 * 2**30 * 0.99 / (16 * 32 * 34 * 4) < int(room) < 21.62 * 2**30 / (16 * 32 * 34 * 4)
+    assert main(["plan", recipe, *ROOM, "evaluate.micro_batch_size=1000000", "train.chunked_loss=false"]) == 0
+    [whole] = re.findall(r"does not fit, (\d+) sequences do; the command", capsys.readouterr().out)
+    assert 21.6 * 2**30 * 0.99 / (16 * 300 * 10) < int(whole) < 21.62 * 2**30 / (16 * 300 * 10)
     assert f"evaluate.micro_batch_size={room} " in out.splitlines()[-1]
     assert main(["plan", recipe, *ROOM]) == 0
     assert "evaluate" not in capsys.readouterr().out
