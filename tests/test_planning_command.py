@@ -39,8 +39,8 @@ def test_a_table_before_anything_is_prepared(recipe, capsys):
 
 
 def test_an_evaluation_that_does_not_fit_is_made_smaller(recipe, capsys):
-    """34 numbers of 4 bytes for each of 16 x 32 of a sequence: in 21.6 GiB there is no room for a million sequences. With whole
-    logits 16 x 300 of them take 10 bytes each."""
+    """34 numbers of 4 bytes for each of 16 x 32 of a sequence: in 21.6 GiB there is no room for a million sequences. With
+    whole logits 16 x 300 of them take 10 bytes each."""
     assert main(["plan", recipe, *ROOM, "evaluate.micro_batch_size=1000000"]) == 0
     out = capsys.readouterr().out
     [room] = re.findall(r"evaluate.micro_batch_size=1000000 does not fit, (\d+) sequences do; the command", out)
