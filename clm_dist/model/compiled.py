@@ -41,6 +41,8 @@ def compile_if_asked(train: TrainConfig, model: Any, device: str, kind: str) -> 
     why = why_not(model, device, kind)
     if train.compile == "auto" and why is not None:
         return None if device != "cuda" else f"train.compile=auto is off: {why}"
+    if train.compile == "auto":
+        torch._dynamo.config.suppress_errors = True  # what the compiler cannot do after all is computed without it
     return f"{compile_blocks(model, train.deterministic)} blocks are compiled: the first step takes longer"
 
 
