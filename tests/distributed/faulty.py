@@ -146,7 +146,7 @@ def local_flag(original):
 if ACTION == "unsettled":  # DDP's buckets as they come: other ones in the first step of a start than in the next
     Replicated.settle = lambda *_: None
 if ACTION == "local-flag":
-    Agreement.sum = local_flag(Agreement.sum)
+    Agreement.read = local_flag(Agreement.read)
 
 if __name__ == "__main__":
     from clm_dist.watch.outcome import write_outcome
