@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from clm_dist.model import chunks
-from clm_dist.model.chunks import IGNORED, each_nll, summed_nll
+from clm_dist.model.chunks import IGNORED, Output, each_nll, summed_nll
 
 KERNELS = {"cpu": chunks._in_place, "gpu": chunks._by_formula}
 MAPS = {"plain": (1.0, None), "scaled": (0.25, None), "capped": (1.0, 3.0)}
@@ -40,7 +40,7 @@ def test_loss_and_gradients_are_those_of_autograd(kernel, how, bias):
     tensors, targets = inputs(bias)
     ours = [None if one is None else one.clone().requires_grad_() for one in tensors]
     exact = [None if one is None else one.double().requires_grad_() for one in tensors]
-    loss, wanted = summed_nll(*ours, targets, *MAPS[how]), whole(*exact, targets, *MAPS[how])
+    loss, wanted = summed_nll(ours[0], Output(*ours[1:], *MAPS[how]), targets), whole(*exact, targets, *MAPS[how])
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
     (loss * 0.37).backward()
     (wanted * 0.37).backward()
@@ -52,7 +52,7 @@ def test_loss_and_gradients_are_those_of_autograd(kernel, how, bias):
 @pytest.mark.parametrize("how", MAPS)
 def test_each_token(kernel, how):
     tensors, targets = inputs(True)
-    nll, correct = each_nll(*tensors, targets, *MAPS[how])
+    nll, correct = each_nll(tensors[0], Output(*tensors[1:], *MAPS[how]), targets)
     for place in (1, 20, 35):
         one = whole(*(tensor.double() for tensor in (tensors[0][[place]], *tensors[1:])), targets[[place]], *MAPS[how])
         assert nll[place].item() == pytest.approx(one.item(), rel=1e-5)
@@ -64,7 +64,7 @@ def test_each_token(kernel, how):
 def test_by_hand(kernel):
     """One token, two words with logits 0 and ln 3: the second has probability 3/4."""
     hidden, weight = torch.ones(1, 1, requires_grad=True), torch.tensor([[0.0], [math.log(3.0)]], requires_grad=True)
-    loss = summed_nll(hidden, weight, None, torch.tensor([1]))
+    loss = summed_nll(hidden, Output(weight), torch.tensor([1]))
     assert loss.item() == pytest.approx(-math.log(0.75))
     loss.backward()
     assert weight.grad.flatten().tolist() == pytest.approx([0.25, -0.25])  # p - 1 where it was right
@@ -74,19 +74,19 @@ def test_by_hand(kernel):
 def test_a_target_without_a_chance_has_a_finite_loss(kernel):
     """Its probability is 0 in fp32, and its loss 200 nats."""
     hidden, weight = torch.ones(1, 1), torch.tensor([[0.0], [200.0]])
-    assert summed_nll(hidden, weight, None, torch.tensor([0])).item() == pytest.approx(200.0)
+    assert summed_nll(hidden, Output(weight), torch.tensor([0])).item() == pytest.approx(200.0)
 
 
 def test_infinite_logits_are_not_hidden(kernel):
     hidden, weight = torch.tensor([[1.0], [3e38]]), torch.tensor([[1.0], [9.0]])
-    assert not math.isfinite(summed_nll(hidden, weight, None, torch.tensor([0, 1])).item())
+    assert not math.isfinite(summed_nll(hidden, Output(weight), torch.tensor([0, 1])).item())
 
 
 def test_nothing_is_computed_for_what_is_frozen(kernel):
     """A head beside adapters: no gradient of its weights, which are the largest of all."""
     [hidden, weight, _], targets = inputs(False)
     hidden.requires_grad_()
-    loss = summed_nll(hidden, weight, None, targets)
+    loss = summed_nll(hidden, Output(weight), targets)
     assert [one is None for one in loss.grad_fn.saved_tensors] == [False, True, True]
     loss.backward()
     assert hidden.grad is not None and weight.grad is None
@@ -96,7 +96,7 @@ def test_under_autocast_sums_are_in_single_precision(kernel):
     tensors, targets = inputs(True)
     ours = [one.clone().requires_grad_() for one in tensors]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = summed_nll(*ours, targets)
+        loss = summed_nll(ours[0], Output(*ours[1:]), targets)
     loss.backward()
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(whole(*tensors, targets, 1.0, None).item(), rel=1e-2)
@@ -109,7 +109,7 @@ def test_the_logits_are_never_whole():
 
     hidden, weight = torch.randn(4096, 8, requires_grad=True), torch.randn(8192, 8, requires_grad=True)
     with Meter() as meter:
-        summed_nll(hidden, weight, None, torch.randint(8192, (4096,))).backward()
+        summed_nll(hidden, Output(weight), torch.randint(8192, (4096,))).backward()
     assert max(meter.history) < 4096 * 8192 * 4 / 1.5
 
 

@@ -171,3 +171,15 @@ def test_random_numbers_and_mode_stay():
 def test_an_unknown_head_says_why():
     with pytest.raises(UnknownHeadError, match="no plain linear layer but ModuleList"):
         Head(tiny("musicgen"))
+
+
+def test_a_model_of_few_positions_is_proved_with_as_many():
+    assert find_objective(tiny("gpt2", n_positions=8)).head is not None
+
+
+def test_whatever_a_model_says_its_logits_are_whole_then():
+    def breaks(logits):
+        raise IndexError("out of range") if logits.shape[-1] != VOCABULARY else KeyError("odd")
+
+    objective = find_objective(Odd(breaks))
+    assert objective.head is None and "out of range" in objective.why

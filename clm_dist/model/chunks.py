@@ -8,6 +8,7 @@ Legend: N tokens, d width, V vocabulary, n tokens of a chunk.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -17,47 +18,42 @@ import torch.nn.functional as F
 from clm_dist.model.compiled import can_compile
 
 IGNORED = -100  # cross_entropy's own default for a target that does not count
-# Logits of a chunk: below, matrix products lose their speed; above, nothing is won. Measured (docs/performance.md).
+# Logits of a chunk. On a CPU larger ones leave its cache, on smaller ones matrix products lose their speed.
 ELEMENTS_ON_CPU, ELEMENTS_ON_GPU = 2**24, 2**27
-ALIGNMENT = 64  # rows; with GPT-2's 50,257 as they are an H100 multiplies seven times as slowly (docs/performance.md)
+ALIGNMENT = 64  # rows; with GPT-2's 50,257 as they are an H100 multiplies 4.5 times as slowly (docs/performance.md)
 
-# logits (n, V'), targets (n,), scale or cap, which of the two, V -> nats (n,), their gradients by the logits (n, V')
-Kernel = Callable[[torch.Tensor, torch.Tensor, float, bool, int], tuple[torch.Tensor, torch.Tensor]]
+# logits (n, V'), targets (n,), scale, cap, V -> nats (n,), their gradients by the logits (n, V')
+Kernel = Callable[[torch.Tensor, torch.Tensor, float, float | None, int], tuple[torch.Tensor, torch.Tensor]]
 
 
-def summed_nll(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    scale: float = 1.0,
-    cap: float | None = None,
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class Output:
+    """What makes logits of hidden states: scale * (hidden @ weight.T + bias), or cap * tanh of the sum / cap."""
+
+    weight: torch.Tensor  # (V, d)
+    bias: torch.Tensor | None = None  # (V,)
+    scale: float = 1.0
+    cap: float | None = None
+
+
+def summed_nll(hidden: torch.Tensor, output: Output, targets: torch.Tensor) -> torch.Tensor:
     """Summed nats of the targets, (), fp32, with gradients to hidden, weight and bias.
 
-    hidden: (N, d). weight: (V, d). bias: (V,). targets: (N,) int64, IGNORED where none counts. The logits are
-    scale * (hidden @ weight.T + bias), or cap * tanh of that / cap. Under autocast products are in its type, sums in fp32.
+    hidden: (N, d). targets: (N,) int64, IGNORED where none counts. Under autocast products are in its type, sums in fp32.
     """
-    total: torch.Tensor = _SummedNll.apply(hidden, weight, bias, targets, scale, cap)
+    total: torch.Tensor = _SummedNll.apply(hidden, output.weight, output.bias, targets, output.scale, output.cap)
     return total
 
 
 @torch.no_grad()
-def each_nll(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    scale: float = 1.0,
-    cap: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def each_nll(hidden: torch.Tensor, output: Output, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Nats of each target, (N,) fp32, 0 where it is IGNORED; and whether it was the likeliest, (N,) bool. No gradients."""
-    matrix, added = _matrix(weight, bias, hidden)
+    matrix, added = _matrix(output.weight, output.bias, hidden)
     nll = torch.empty(len(hidden), device=hidden.device)
     correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
     for rows in _chunks(len(hidden), len(matrix), hidden.device):
-        logits = _logits(hidden[rows], matrix, added)[:, : len(weight)]
-        logits = _mapped(logits.float(), scale, cap)
+        logits = _logits(hidden[rows], matrix, added)[:, : len(output.weight)]
+        logits = _mapped(logits.float(), output.scale, output.cap)
         nll[rows] = F.cross_entropy(logits, targets[rows], ignore_index=IGNORED, reduction="none")
         correct[rows] = logits.argmax(-1) == targets[rows]
     return nll, correct
@@ -85,9 +81,7 @@ class _SummedNll(torch.autograd.Function):
         d_bias = torch.zeros(len(weight), dtype=torch.float32, device=hidden.device) if of_bias else None
         for rows in _chunks(len(hidden), len(matrix), hidden.device):
             x = hidden[rows].to(matrix.dtype)
-            nll, d_logits = kernel(
-                _logits(x, matrix, added), targets[rows], cap if cap else scale, bool(cap), len(weight)
-            )
+            nll, d_logits = kernel(_logits(x, matrix, added), targets[rows], scale, cap, len(weight))
             total += nll.double().sum()
             if d_hidden is not None:
                 d_hidden[rows] = d_logits @ matrix
@@ -160,20 +154,18 @@ def _kernel(device: str) -> Kernel:
 
 
 def _in_place(
-    logits: torch.Tensor, targets: torch.Tensor, number: float, capped: bool, vocabulary: int
+    logits: torch.Tensor, targets: torch.Tensor, scale: float, cap: float | None, vocabulary: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """On a CPU, where every pass over a chunk counts: torch's softmax is the one that reads and writes it."""
     kind, rows = logits.dtype, torch.arange(len(logits))
-    slope: torch.Tensor | float
+    slope: torch.Tensor | float = scale
     logits = logits.float()
-    if capped:
-        logits = logits.div_(number).tanh_()
+    if cap is not None:
+        logits.div_(cap).tanh_()
         slope = 1 - logits.square()
-        logits.mul_(number)
-    else:
-        slope = number
-        if slope != 1:
-            logits.mul_(slope)
+        logits.mul_(cap)
+    elif scale != 1:
+        logits.mul_(scale)
     counts = targets != IGNORED
     targets = torch.where(counts, targets, 0)
     given = logits[rows, targets]
@@ -184,23 +176,23 @@ def _in_place(
     logits[rows, targets] -= 1
     if not counts.all():
         logits.mul_(counts[:, None])
-    if capped or slope != 1:
+    if cap is not None or scale != 1:
         logits.mul_(slope)
     return nll, logits.to(kind)
 
 
 def _by_formula(
-    logits: torch.Tensor, targets: torch.Tensor, number: float, capped: bool, vocabulary: int
+    logits: torch.Tensor, targets: torch.Tensor, scale: float, cap: float | None, vocabulary: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For the compiler, which makes two passes of it."""
     z = logits.float()
     columns = torch.arange(logits.shape[-1], device=logits.device)
-    slope: torch.Tensor | float = number
-    if capped:
-        bent = torch.tanh(z / number)
-        z, slope = number * bent, 1 - bent * bent
+    slope: torch.Tensor | float = scale
+    if cap is not None:
+        bent = torch.tanh(z / cap)
+        z, slope = cap * bent, 1 - bent * bent
     else:
-        z = z * number
+        z = z * scale
     z = torch.where(columns < vocabulary, z, float("-inf"))
     counts = targets != IGNORED
     targets = torch.where(counts, targets, 0)

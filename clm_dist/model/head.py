@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from clm_dist.errors import RunError
-from clm_dist.model.chunks import each_nll, summed_nll
+from clm_dist.model.chunks import Output, each_nll, summed_nll
 from clm_dist.model.loss import next_token_nll, next_tokens
+from clm_dist.model.positions import max_positions
 
 SMALL = 2.0**-32  # a power of two, and the loss of a batch times it is nothing to a tanh
 NUMBERS = (-40.0, -7.0, -1.0, 1.0, 7.0, 40.0)  # that are sent through what follows the layer
-PROBE = 2, 16  # (B, T) of the proof
+PROBE = 2, 16  # (B, T) of the proof; fewer tokens where a model reads fewer
 ALLOWED = 1e-5  # relative: the order of sums in fp32
 
 
@@ -108,10 +109,10 @@ class Head:
         if hidden.shape[:-1] != self._targets.shape:
             raise UnknownHeadError(f"its output layer is given {tuple(hidden.shape)}, not a vector for each token")
         rows, targets = hidden.reshape(-1, hidden.shape[-1]), self._targets.reshape(-1)
-        arguments = (rows, self.layer.weight, self.layer.bias, targets, self.scale, self.cap)
+        output = Output(self.layer.weight, self.layer.bias, self.scale, self.cap)
         if torch.is_grad_enabled():
-            return (summed_nll(*arguments) * self._shrink).view(1, 1, 1)
-        self._each = each_nll(*arguments)
+            return (summed_nll(rows, output, targets) * self._shrink).view(1, 1, 1)
+        self._each = each_nll(rows, output, targets)
         return hidden[..., :1]
 
     def _check(self, out: torch.Tensor) -> None:
@@ -131,19 +132,17 @@ def find_head(model: Any) -> Head:
     head = Head(model)
     weight = head.layer.weight
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(weight.shape[0], PROBE, generator=generator) % model.config.get_text_config().vocab_size
+    size = PROBE[0], min(PROBE[1], max_positions(model.config) or PROBE[1])
+    ids = torch.randint(weight.shape[0], size, generator=generator) % model.config.get_text_config().vocab_size
     ids = ids.to(weight.device)
     was_training = model.training
     model.eval()
     try:
         with torch.random.fork_rng():
             _prove(head, model, ids)
-    except (RunError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a model says that is given another thing than it expects
         head.detach()
-        raise UnknownHeadError(" ".join(str(error).split())) from None
-    except BaseException:
-        head.detach()
-        raise
+        raise UnknownHeadError(" ".join(str(error).split())) from error
     finally:
         model.train(was_training)
     return head
