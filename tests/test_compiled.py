@@ -1,9 +1,11 @@
 """torch.compile of blocks: names stay, evaluation is as without, and where it is not used it says why."""
 
+import pytest
 import torch
 
 from clm_dist.config import Config
-from clm_dist.config.learning import ModelConfig
+from clm_dist.config.learning import ModelConfig, TrainConfig
+from clm_dist.errors import UserError
 from clm_dist.model import compiled
 from clm_dist.model.build import build_model
 from clm_dist.model.configuration import model_configuration
@@ -76,6 +78,15 @@ def test_where_it_does_not_pay_it_says_why(monkeypatch):
     assert compiled.why_not(model, "cuda", "replicated") is None
     monkeypatch.setattr(compiled, "recorded", lambda major: {"rows": {"gpt2": {"compile": "no: it cannot"}}})
     assert compiled.why_not(model, "cuda", "replicated") == "gpt2: it cannot"
+
+
+def test_without_blocks_on_is_refused(monkeypatch):
+    model = tiny()
+    monkeypatch.setattr(model, "_no_split_modules", None)
+    train = TrainConfig(max_steps=1, compile="on")
+    with pytest.raises(UserError, match=r"does not say which they are; set train\.compile=auto"):
+        compiled.compile_if_asked(train, model, "cpu", "replicated")
+    assert compiled.compile_if_asked(TrainConfig(max_steps=1), model, "cpu", "replicated") is None
 
 
 def test_on_and_off_are_words_in_yaml_too(tmp_path):

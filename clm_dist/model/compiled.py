@@ -14,6 +14,7 @@ import torch
 from torch.utils._triton import has_triton
 
 from clm_dist.config import TrainConfig
+from clm_dist.errors import UserError
 from clm_dist.model.matrix import recorded
 from clm_dist.model.transformers_versions import MAJOR
 
@@ -35,7 +36,7 @@ def why_not(model: Any, device: str, kind: str) -> str | None:
 
 
 def compile_if_asked(train: TrainConfig, model: Any, device: str, kind: str) -> str | None:
-    """Compiles where the recipe wants it, and says so; what to say."""
+    """Compiles where the recipe wants it; what to say of that. UserError where it cannot."""
     if train.compile == "off":
         return None
     why = why_not(model, device, kind)
@@ -43,6 +44,11 @@ def compile_if_asked(train: TrainConfig, model: Any, device: str, kind: str) -> 
         return None if device != "cuda" else f"train.compile=auto is off: {why}"
     if train.compile == "auto":
         torch._dynamo.config.suppress_errors = True  # what the compiler cannot do after all is computed without it
+    if not _blocks(model):
+        raise UserError(
+            f"train.compile=on compiles a model's blocks, and {type(model).__name__} does not say which they are; set "
+            "train.compile=auto"
+        )
     return f"{compile_blocks(model, train.deterministic)} blocks are compiled: the first step takes longer"
 
 

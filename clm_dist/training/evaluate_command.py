@@ -7,7 +7,6 @@ from clm_dist.data.tokenize import load_tokenizer, tokenizer_sha256
 from clm_dist.errors import UserError
 from clm_dist.model.build import load_model
 from clm_dist.model.configuration import load_configuration
-from clm_dist.model.objective import find_objective
 from clm_dist.model.padding import looks_for_padding
 from clm_dist.model.positions import check_fits
 from clm_dist.training import run_folder
@@ -48,8 +47,7 @@ def evaluate_model(
     model = load_model(name, built, revision, trust, config.model.attention)
     isolate = config.train.isolate_documents
     model.config.use_cache = False  # type: ignore[union-attr]  # a cache of keys and values serves generation only
-    prove(config, model, name, accelerator.device)
-    objective = find_objective(model, config.train.chunked_loss)
+    objective = prove(config, model, name, accelerator.device)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     batches = Batches(blocks, isolate, accelerator.device)
     result = evaluate(

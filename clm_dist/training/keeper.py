@@ -103,7 +103,7 @@ class Keeper:
 
     def update_ahead(self, sums: Sums) -> bool:
         """Updates before anybody has seen the step's numbers, where the update itself can leave out one that is not
-        finite: the GPU then never waits for the CPU. Returns whether it did. Every rank must call this."""
+        finite: a GPU has that to do while the CPU reads and goes on. Returns whether it did. Every rank must call this."""
         if not self.engine.guards or self.config.train.on_spike != "ignore":
             return False
         total, bad_ranks, _ = sums.on_device

@@ -16,7 +16,6 @@ from clm_dist.model import lora
 from clm_dist.model.build import build_model, checkpoint_activations
 from clm_dist.model.compiled import compile_if_asked
 from clm_dist.model.configuration import idle_experts
-from clm_dist.model.objective import find_objective
 from clm_dist.model.transformers_versions import one_document_a_row
 from clm_dist.training import run_folder
 from clm_dist.training.batches import Batch, Batches
@@ -52,8 +51,9 @@ def train(config: Config, overwrite: bool = False, watch: Watch | None = None, o
         model.config.use_cache = False  # type: ignore[union-attr]  # a cache of keys and values serves generation only
         if config.train.activation_checkpointing:
             checkpoint_activations(model)
-        prove(config, model, config.model.called, accelerator.device, stays=job.sharding.kind == "replicated")
-        objective = find_objective(model, config.train.chunked_loss)
+        objective = prove(
+            config, model, config.model.called, accelerator.device, stays=job.sharding.kind == "replicated"
+        )
         told = compile_if_asked(config.train, model, accelerator.device.type, job.sharding.kind)
         optimizer = make_optimizer(model, config.optim)
         clip, given = config.optim.max_grad_norm, lora.given(model)

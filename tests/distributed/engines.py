@@ -18,6 +18,7 @@ import clm_dist.training.train as training
 from clm_dist import recipe
 from clm_dist.checkpoint import tensors
 from clm_dist.checkpoint.saved import Saved
+from clm_dist.model.objective import find_objective
 from clm_dist.publish.export import export
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -33,7 +34,7 @@ def main():
     job = training.open_job(config, overwrite=False)
     accelerator = training.start(config.train.mixed_precision, job.sharding.settings)
     model = training.build_model(config.model, job.model_configuration, config.seed)
-    objective = training.find_objective(model)
+    objective = find_objective(model)
     optimizer = training.make_optimizer(model, config.optim)
     engine = training.make_engine(
         job.sharding.kind, accelerator, model, optimizer, config.optim.max_grad_norm, objective
