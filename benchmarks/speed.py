@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -194,7 +195,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="Markdown: tables, command, versions, hardware")
     args = parser.parse_args()
     began, where = time.monotonic(), torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    text = f"# Speed and memory beside peers, {where}\n\n{facts(' '.join(['benchmarks/speed.py', *sys.argv[1:]]))}\n"
+    text = f"# Speed and memory beside peers, {where}\n\n{facts(shlex.join(['benchmarks/speed.py', *sys.argv[1:]]))}\n"
     with tempfile.TemporaryDirectory() as folder:
         for name in args.cases:
             if time.monotonic() - began > args.seconds:

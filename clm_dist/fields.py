@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Pl
 
 Count = Annotated[int, Field(ge=1)]
 Policy = Literal["stop", "skip", "rewind"]  # what to do about a bad step
+Checkpointing = bool | Literal["selective"]  # of activations
 
 
 def _seconds(value: Any) -> Any:

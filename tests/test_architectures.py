@@ -13,7 +13,8 @@ from clm_dist.config import ModelConfig
 from clm_dist.errors import ConfigError, UserError
 from clm_dist.model import matrix, transformers_versions
 from clm_dist.model.architectures import BOTH_WRONG, FUTURE, GUIDE, IDENTITY, LATER, NEXT_TOKEN, NOTHING
-from clm_dist.model.build import build_model, checkpoint_activations, load_model
+from clm_dist.model.build import build_model, load_model
+from clm_dist.model.checkpointing import checkpoint_activations
 from clm_dist.model.configuration import load_configuration, model_configuration, told
 from clm_dist.model.positions import check_fits, max_positions
 

@@ -95,3 +95,13 @@ def test_on_and_off_are_words_in_yaml_too(tmp_path):
     for given, meant in ((True, "on"), (False, "off"), ("auto", "auto")):
         config = Config(run_dir="r", model=model, data=data, train={**train, "compile": given})
         assert config.train.compile == meant
+
+
+def test_selective_checkpointing_leaves_blocks_as_they_are(monkeypatch):
+    monkeypatch.setattr(compiled, "can_compile", lambda: True)
+    wish = {"activation_checkpointing": "selective", "max_steps": 1}
+    told = compiled.compile_if_asked(TrainConfig(**wish), tiny(), "cuda", "replicated")
+    assert told.startswith("train.compile=auto is off: train.activation_checkpointing=selective tells")
+    assert compiled.compile_if_asked(TrainConfig(**wish), tiny(), "cpu", "replicated") is None
+    with pytest.raises(UserError, match=r"set train\.compile=off, or train.activation_checkpointing to true or false"):
+        compiled.compile_if_asked(TrainConfig(**wish, compile="on"), tiny(), "cuda", "replicated")

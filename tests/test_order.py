@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clm_dist.data.order import ends_epoch, global_batch, micro_batches, permute, step_seed, steps_of_epochs
+from clm_dist.data.order import (
+    AHEAD,
+    blocks_at,
+    ends_epoch,
+    global_batch,
+    micro_batches,
+    permute,
+    step_seed,
+    steps_of_epochs,
+)
 
 
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 1000))
@@ -21,6 +30,18 @@ def test_every_block_once_an_epoch_whatever_the_batch(blocks, batch, seed):
     stream = np.concatenate([global_batch(step, batch, blocks, seed) for step in range(steps)])
     for epoch in range(3):
         assert sorted(stream[epoch * blocks : (epoch + 1) * blocks].tolist()) == list(range(blocks))
+
+
+@pytest.mark.parametrize("cursor", [0, 7, AHEAD - 3, AHEAD, 10**12 + 1])
+@pytest.mark.parametrize("count", [0, 1, 8, 2 * AHEAD + 5])
+def test_any_piece_of_the_stream_is_what_its_positions_say(cursor, count):
+    """Whether stretches that are kept are crossed or not; and what is given out may be written to."""
+    epochs, within = np.divmod(np.arange(cursor, cursor + count, dtype=np.uint64), np.uint64(300))
+    expected = permute(within, 300, 5, epochs).astype(np.int64)
+    found = blocks_at(cursor, count, 300, 5)
+    assert found.dtype == np.int64 and np.array_equal(found, expected)
+    found[:] = -1
+    assert np.array_equal(blocks_at(cursor, count, 300, 5), expected)
 
 
 def test_the_order_never_changes():

@@ -5,13 +5,13 @@ import torch
 from tiny_models import TINY, tiny_configuration
 from transformers import AutoModelForCausalLM
 
+from clm_dist.errors import UserError
 from clm_dist.model import chunks
+from clm_dist.model.checkpointing import checkpoint_activations
 from clm_dist.model.transformers_versions import MAJOR
 from clm_dist.planning.activations import (
     GpuAutocast,
     Meter,
-    NoCheckpointingError,
-    _checkpoint,
     count,
     formula,
     gpu_kernel,
@@ -48,8 +48,7 @@ def builder(built):
 def real_model(name, precision, checkpointing=False):
     torch.manual_seed(0)
     model = builder(without_dropout(name))(torch.bfloat16 if precision == "bf16" else torch.float32).train()
-    if checkpointing:
-        _checkpoint(model)
+    checkpoint_activations(model, checkpointing, again=GpuAutocast)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     return model, torch.randint(2, 90, (B, T))
@@ -80,7 +79,7 @@ def test_what_is_kept_is_what_autograd_saves(name, precision):
     assert estimate == pytest.approx(measured, rel=0.02)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
 @pytest.mark.parametrize("name", COUNTED)
 def test_the_peak_is_that_of_the_live_tensors(name, precision, checkpointing, small_chunks):
@@ -149,9 +148,13 @@ def test_the_peak_on_a_gpu(config, measured, parameters):
 
 
 def test_checkpointing_keeps_inputs_only():
-    build = builder(without_dropout("llama"))
-    plain, checkpointed = (simulate(build, 16, T, "bf16", checkpointing).kept for checkpointing in (False, True))
-    assert checkpointed < plain / 4
+    """Selective also what four products and attention give of GPT-2: ten numbers a position and channel."""
+    kinds = (False, "selective", True)
+    plain, selective, full = (simulate(builder(without_dropout("gpt2")), 16, T, "fp32", one).kept for one in kinds)
+    assert full < plain / 4 and full < selective < 0.6 * plain
+    built = without_dropout("gpt2")
+    numbers = (selective - full) / (4 * 16 * T * built.n_embd * built.n_layer)
+    assert 10 <= numbers < 10 + 2 * built.n_head / built.n_embd  # and of attention a number for each position and head
 
 
 def test_the_formula_is_near_for_a_gpt():
@@ -175,7 +178,7 @@ def test_a_model_without_checkpointing_says_so():
     model, _ = real_model("gpt2", "fp32")
     type(model).supports_gradient_checkpointing, kept = False, type(model).supports_gradient_checkpointing
     try:
-        with pytest.raises(NoCheckpointingError):
-            _checkpoint(model)
+        with pytest.raises(UserError, match="cannot compute activations again"):
+            simulate(lambda dtype: model, B, T, "fp32", True)
     finally:
         type(model).supports_gradient_checkpointing = kept

@@ -166,18 +166,3 @@ def load_model(
             "folder or Hub id that holds a whole causal language model, or set model.from_scratch=true"
         )
     return model
-
-
-def checkpoint_activations(model: Any) -> None:
-    """Keeps only the inputs of the blocks for backward (Chen et al., arXiv:1604.06174); UserError where it cannot."""
-    row = row_of(model.config)
-    has = transformers_versions.MAJOR in row.checkpointing if row else True  # one takes the wish and does nothing
-    if not has or not getattr(model, "supports_gradient_checkpointing", False):
-        raise UserError(
-            f"{type(model).__name__} cannot compute activations again; set train.activation_checkpointing=false"
-        )
-    # the re-entrant kind loses DDP's hooks where a block is used twice
-    if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.23
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

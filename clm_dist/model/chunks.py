@@ -169,10 +169,10 @@ def _in_place(
     counts = targets != IGNORED
     targets = torch.where(counts, targets, 0)
     given = logits[rows, targets]
-    largest, where = logits.max(-1)
+    largest = logits.amax(-1)
     torch.softmax(logits, -1, out=logits)
     # by the largest probability, whose log is exact: a target's own may be 0
-    nll = torch.where(counts, largest - logits[rows, where].log() - given, 0.0)
+    nll = torch.where(counts, largest - logits.amax(-1).log() - given, 0.0)
     logits[rows, targets] -= 1
     if not counts.all():
         logits.mul_(counts[:, None])

@@ -27,7 +27,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from clm_dist.fields import Checkpointing
 from clm_dist.model import chunks
+from clm_dist.model.checkpointing import checkpoint_activations
 from clm_dist.model.head import Head, UnknownHeadError
 from clm_dist.model.objective import Objective
 from clm_dist.model.transformers_versions import without_looking_at_values
@@ -40,10 +42,6 @@ FP32_ON_GPU = {
     *("exp", "expm1", "group_norm", "layer_norm", "log", "log10", "log1p", "log2", "log_softmax", "logsumexp", "norm"),
     *("pow", "prod", "reciprocal", "renorm", "rsqrt", "sinh", "softmax", "softmin", "softplus", "sum", "tan"),
 }
-
-
-class NoCheckpointingError(Exception):
-    """The architecture cannot compute its layers again."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +58,17 @@ class MicroStep:
 
 
 def count(
-    build: Callable[[torch.dtype], Any], block_size: int, precision: str, checkpointing: bool, chunked: bool = True
+    build: Callable[[torch.dtype], Any],
+    block_size: int,
+    precision: str,
+    checkpointing: Checkpointing,
+    chunked: bool = True,
 ) -> Activations:
     """Activations of the model that `build` makes in a given type, under FakeTensorMode.
 
     precision: "fp32"; "autocast" (bf16 or fp16 computation on fp32 weights, as DDP trains); "bf16" (weights too, as
-    DeepSpeed does). checkpointing: only the inputs of the layers are kept, and each layer is computed again. chunked: as
-    `train.chunked_loss`.
+    DeepSpeed does). checkpointing: as `train.activation_checkpointing`; UserError where the architecture has none. chunked:
+    as `train.chunked_loss`.
     """
     # a single sequence is left out, since its transposed tensors need no copies; and of fewer the loss is in one chunk
     few = max(2, -(-chunk_rows(build) // block_size))
@@ -93,12 +95,16 @@ def chunk_rows(build: Callable[[torch.dtype], Any]) -> int:
     return max(1, chunks.ELEMENTS_ON_GPU // vocabulary)
 
 
-def formula(shapes: Shapes, vocab_size: int, block_size: int, precision: str, checkpointing: bool) -> Activations:
+def formula(
+    shapes: Shapes, vocab_size: int, block_size: int, precision: str, checkpointing: Checkpointing
+) -> Activations:
     """The closed form for a GPT with dropout: a layer keeps 34 bytes of each of T x h activations in 16 bits (eq. 2 of
-    arXiv:2205.05198 without its T x T terms, which a fused attention kernel does not keep), or only its input."""
+    arXiv:2205.05198 without its T x T terms, which a fused attention kernel does not keep), or only its input (selective:
+    and ten times as much, of four products and attention)."""
     width = 4 if precision == "fp32" else 2
     layer = 17 * width * block_size * shapes.width
-    kept = shapes.layers * (width * block_size * shapes.width if checkpointing else layer)
+    again = (11 if checkpointing == "selective" else 1) * width * block_size * shapes.width
+    kept = shapes.layers * (again if checkpointing else layer)
     # a chunk's logits and their gradient, and the gradients that they make: of the head's weights, in fp32, and of its input
     head = 4 * vocab_size * shapes.width
     loss = Line(2 * width * chunks.ELEMENTS_ON_GPU + head, width * block_size * shapes.width)
@@ -114,15 +120,15 @@ def simulate(
     sequences: int,
     block_size: int,
     precision: str,
-    checkpointing: bool = False,
+    checkpointing: Checkpointing = False,
     as_on_gpu: bool = True,
     chunked: bool = True,
 ) -> MicroStep:
     """One micro-step of B sequences without contents."""
     with FakeTensorMode():
         model = build(torch.bfloat16 if precision == "bf16" else torch.float32).train()
-        if checkpointing:
-            _checkpoint(model, as_on_gpu)
+        # a backward pass suspends the mode that it is called under, and what it computes again must be what it was
+        checkpoint_activations(model, checkpointing, GpuAutocast if as_on_gpu else None)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)  # gradients are counted elsewhere; these are added to
@@ -224,17 +230,6 @@ def _as_on_gpu() -> Iterator[None]:
         GpuAutocast(),
     ):
         yield
-
-
-def _checkpoint(model: Any, as_on_gpu: bool = True) -> None:
-    """Each layer keeps its input alone; transformers 5.23 gave the method a new name."""
-    if not model.supports_gradient_checkpointing:
-        raise NoCheckpointingError(type(model).__name__)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    # a backward pass suspends the mode that it is called under, and what it computes again must be what it was
-    enable(
-        {"use_reentrant": False, "context_fn": lambda: (nullcontext(), GpuAutocast() if as_on_gpu else nullcontext())}
-    )
 
 
 def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:  # noqa: A002

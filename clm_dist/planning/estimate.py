@@ -2,9 +2,10 @@
 
 A parameter multiplies each token once in the forward pass and twice in the backward pass, 2 operations each: 6 N. Attention
 adds 12 L W T (L layers of width W, T tokens of context); both as in PaLM (arXiv:2204.02311, appendix B). Activation
-checkpointing does the forward pass a second time: 8 N and 16 L W T.
+checkpointing does the forward pass a second time: 8 N and 16 L W T; not if it is selective, and keeps what multiplies.
 """
 
+from clm_dist.fields import Checkpointing
 from clm_dist.planning.shapes import Shapes
 
 # Stated, to compare ways to lay out one model, not to promise a time: about half of what the data sheet of an A100 says.
@@ -14,9 +15,9 @@ LINK = 150e9  # bytes a second that a GPU sends within a node (NVLink)
 NETWORK = 12.5e9  # and between nodes: 100 Gbit/s
 
 
-def flops_per_token(shapes: Shapes, block_size: int, checkpointing: bool) -> int:
+def flops_per_token(shapes: Shapes, block_size: int, checkpointing: Checkpointing) -> int:
     """Operations for one trained token; an embedding that is only looked up does not multiply."""
-    passes = 4 if checkpointing else 3
+    passes = 4 if checkpointing is True else 3
     trained = shapes.trained - (0 if shapes.lookup_frozen else shapes.lookup)
     frozen = sum(shapes.frozen) - (shapes.lookup if shapes.lookup_frozen else 0)
     # what is frozen has no gradient of its own, and hands on that of its input

@@ -10,6 +10,8 @@ from typing import Any
 from clm_dist.config import Config
 from clm_dist.data.manifest import MANIFEST, Manifest, read_manifest
 from clm_dist.data.order import steps_of_epochs
+from clm_dist.errors import UserError
+from clm_dist.fields import Checkpointing
 from clm_dist.model.build import outline
 from clm_dist.model.configuration import model_configuration
 from clm_dist.model.positions import check_fits
@@ -88,7 +90,9 @@ def plan_run(config: Config, cluster: Cluster, recipe: str, overrides: list[str]
     )
 
 
-def command_for(row: Row, cluster: Cluster, recipe: str, overrides: list[str], checkpointing: bool = False) -> str:
+def command_for(
+    row: Row, cluster: Cluster, recipe: str, overrides: list[str], checkpointing: Checkpointing = False
+) -> str:
     """What launches a row: topology from accelerate_configs/, the rest as overrides behind those that were given.
 
     checkpointing: what the recipe says of it.
@@ -166,20 +170,24 @@ def _whole_logits(config: Config, built: Any) -> int:
     return 0 if chunked else int(built.get_text_config().vocab_size)
 
 
-def _activations(config: Config, built: Any, task: Task) -> tuple[dict[tuple[str, bool], Activations], str]:
-    """Activations by (precision, checkpointing), counted; by formula with the reason where a model defies that."""
+def _activations(config: Config, built: Any, task: Task) -> tuple[dict[tuple[str, Checkpointing], Activations], str]:
+    """Activations by (precision, checkpointing), counted; by formula with the reason where a model defies that.
+
+    Checkpointing is none, full, and the selective kind where the recipe has it.
+    """
     from clm_dist.planning import activations
 
     build: Callable[[Any], Any] = partial(outline, config.model, built)
-    wanted = {(precision_of(strategy, task.mixed), ckpt) for strategy in STRATEGIES for ckpt in (False, True)}
-    found: dict[tuple[str, bool], Activations] = {}
+    kinds: set[Checkpointing] = {False, True, config.train.activation_checkpointing}
+    wanted = {(precision_of(strategy, task.mixed), kind) for strategy in STRATEGIES for kind in kinds}
+    found: dict[tuple[str, Checkpointing], Activations] = {}
     why = ""
-    for precision, checkpointing in progress(sorted(wanted), "counting activations", "micro-step"):
+    for precision, checkpointing in progress(sorted(wanted, key=str), "counting activations", "micro-step"):
         try:
             found[precision, checkpointing] = activations.count(
                 build, task.block_size, precision, checkpointing, config.train.chunked_loss
             )
-        except activations.NoCheckpointingError:
+        except UserError:  # the architecture has no checkpointing
             continue
         except Exception as error:  # whatever a model does with values that are not there
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

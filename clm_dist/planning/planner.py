@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from clm_dist.disagreements import divisors
 from clm_dist.errors import ConfigError
+from clm_dist.fields import Checkpointing
 from clm_dist.planning.communication import bytes_sent
 from clm_dist.planning.estimate import cost_seconds, flops_per_token, seconds_per_step
 from clm_dist.planning.memory import (
@@ -75,7 +76,7 @@ class Row:
     """One way to lay the model over the GPUs; bytes on the fullest one, at `micro_batch_size`."""
 
     strategy: str
-    activation_checkpointing: bool
+    activation_checkpointing: Checkpointing
     fits: bool
     micro_batch_size: int  # the largest that fits and divides the global batch; 1 where none fits
     largest_micro_batch_size: int  # that fits at all; 0: none
@@ -100,13 +101,13 @@ def precision_of(strategy: Strategy, mixed: bool) -> str:
     return "fp32" if not mixed else "bf16" if strategy.stage else "autocast"
 
 
-def rows(task: Task, activations: Mapping[tuple[str, bool], Activations]) -> list[Row]:
+def rows(task: Task, activations: Mapping[tuple[str, Checkpointing], Activations]) -> list[Row]:
     """Every strategy without and with activation checkpointing. activations: by (precision, checkpointing)."""
     found = []
     for strategy in STRATEGIES:
-        for checkpointing in (False, True):
+        for checkpointing in (False, "selective", True):
             line = activations.get((precision_of(strategy, task.mixed), checkpointing))
-            if line is not None:  # None: the model cannot be checkpointed
+            if line is not None:  # None: the model cannot be checkpointed, or the selective kind was not asked for
                 found.append(_row(task, strategy, checkpointing, line))
     return found
 
@@ -147,7 +148,7 @@ def largest_evaluation(row: Row, task: Task, whole_logits: int) -> int:
     return max(0, room // (task.block_size * widest))
 
 
-def _row(task: Task, strategy: Strategy, checkpointing: bool, line: Activations) -> Row:
+def _row(task: Task, strategy: Strategy, checkpointing: Checkpointing, line: Activations) -> Row:
     cluster, zero = task.cluster, task.zero.get(strategy.name, ZeroSettings())
     each = task.global_batch_size // cluster.gpus
     around = buffers(task.shapes, strategy, task.mixed, zero)

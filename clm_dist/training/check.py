@@ -18,7 +18,8 @@ from clm_dist.engine.engine import Engine
 from clm_dist.engine.make import make_engine
 from clm_dist.errors import RunError, UserError
 from clm_dist.ledger.ledger import DIGEST_MODULUS
-from clm_dist.model.build import build_model, checkpoint_activations
+from clm_dist.model.build import build_model
+from clm_dist.model.checkpointing import checkpoint_activations
 from clm_dist.model.configuration import idle_experts
 from clm_dist.model.objective import find_objective
 from clm_dist.training import train as training
@@ -102,8 +103,7 @@ def check(config: Config, opened: Opened | None = None) -> list[str]:
 def _engine(accelerator: Accelerator, config: Config, job: Job) -> Engine:
     """As training makes it."""
     model = _model(config, job)
-    if config.train.activation_checkpointing:
-        checkpoint_activations(model)
+    checkpoint_activations(model, config.train.activation_checkpointing)
     objective = find_objective(model, config.train.chunked_loss)
     optimizer = training.make_optimizer(model, config.optim)
     engine = make_engine(job.sharding.kind, accelerator, model, optimizer, config.optim.max_grad_norm, objective)

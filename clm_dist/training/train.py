@@ -13,7 +13,8 @@ from clm_dist.data.order import blocks_at, micro_batches, step_seed
 from clm_dist.engine.engine import Engine
 from clm_dist.engine.make import make_engine
 from clm_dist.model import lora
-from clm_dist.model.build import build_model, checkpoint_activations
+from clm_dist.model.build import build_model
+from clm_dist.model.checkpointing import checkpoint_activations
 from clm_dist.model.compiled import compile_if_asked
 from clm_dist.model.configuration import idle_experts
 from clm_dist.model.transformers_versions import one_document_a_row
@@ -49,8 +50,7 @@ def train(config: Config, overwrite: bool = False, watch: Watch | None = None, o
         model = build_model(config.model, job.model_configuration, config.seed, job.manifest.vocab_size)
         base = lora.base_sha256(model) if config.model.lora and accelerator.is_main_process else None
         model.config.use_cache = False  # type: ignore[union-attr]  # a cache of keys and values serves generation only
-        if config.train.activation_checkpointing:
-            checkpoint_activations(model)
+        checkpoint_activations(model, config.train.activation_checkpointing)
         objective = prove(
             config, model, config.model.called, accelerator.device, stays=job.sharding.kind == "replicated"
         )

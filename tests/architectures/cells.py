@@ -15,8 +15,9 @@ from clm_dist.data.tokenize import load_tokenizer, token_ids
 from clm_dist.errors import UserError
 from clm_dist.model import chunks
 from clm_dist.model.architectures import BY_TYPE
-from clm_dist.model.build import build_model, checkpoint_activations, load_model
+from clm_dist.model.build import build_model, load_model
 from clm_dist.model.causality import check_causality
+from clm_dist.model.checkpointing import checkpoint_activations
 from clm_dist.model.configuration import model_configuration, row_of
 from clm_dist.model.generate import by_passes, generate, generates
 from clm_dist.model.isolation import check_isolation
@@ -153,16 +154,20 @@ def chunked(config) -> str:
 
 
 def activation_checkpointing(config) -> str:
-    """The same gradients, computed again."""
+    """The same gradients, computed again: all of a block, and of its operations some."""
     model = fresh(config)
-    again = copy.deepcopy(model)
-    try:
-        checkpoint_activations(again)
-    except UserError:
-        return "no: transformers has none for it, and train.activation_checkpointing=true is refused"
-    (_, one), (_, other) = gradients(model), gradients(again)
-    same = all(torch.equal(one[name], other[name]) for name in one if one[name] is not None)
-    return verdict(same and one.keys() == other.keys(), "the gradients differ")
+    copies = {how: copy.deepcopy(model) for how in (True, "selective")}
+    _, one = gradients(model)
+    for how, again in copies.items():
+        try:
+            checkpoint_activations(again, how)
+        except UserError:
+            return "no: transformers has none for it, and train.activation_checkpointing=true is refused"
+        _, other = gradients(again)
+        same = all(torch.equal(one[name], other[name]) for name in one if one[name] is not None)
+        if not same or one.keys() != other.keys():
+            return verdict(False, f"the gradients differ, train.activation_checkpointing={str(how).lower()}")
+    return verdict(True, "")
 
 
 def bf16(config) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import execute
-from suite import HERE, KINDS, RECORDED, one_verdict, prepare_data, run
+from suite import HERE, KINDS, OFTEN, one_verdict, prepare_data, run
 
 from clm_dist.model import matrix, transformers_versions
 
@@ -43,7 +43,7 @@ def trained(folder, request):
 
 
 @pytest.mark.parametrize(
-    "type_", [type_ if type_ in RECORDED else pytest.param(type_, marks=pytest.mark.soak) for type_ in HERE]
+    "type_", [type_ if type_ in OFTEN else pytest.param(type_, marks=pytest.mark.soak) for type_ in HERE]
 )
 def test_it_is_trained_and_proved(trained, type_):
     """What counts holds, and every cell is what docs/architectures.md says."""

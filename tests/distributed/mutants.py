@@ -10,6 +10,7 @@ import clm_dist.training.train as training
 from clm_dist.data.order import micro_batches
 from clm_dist.engine.replicated import Replicated
 from clm_dist.engine.zero import Zero
+from clm_dist.model import chunks
 from clm_dist.model.objective import Objective
 from clm_dist.training.batches import Batches
 from clm_dist.training.evaluate import Evaluation
@@ -29,6 +30,7 @@ def apply(name: str | None) -> None:
             "always_a_boundary": always_a_boundary,
             "get_state_dict": get_state_dict,
             "gathered_at_once": gathered_at_once,
+            "last_chunk_only": last_chunk_only,
         }[name]()
 
 
@@ -126,6 +128,11 @@ def tokens_by_rank() -> None:
 def divided_twice() -> None:
     """DeepSpeed's own backward, which divides by the accumulation steps a loss that is divided already."""
     Zero.backward = lambda self, loss: self.model.backward(loss)
+
+
+def last_chunk_only() -> None:
+    """A chunk's gradient of the head's weights written where it should be added."""
+    chunks._add_product = lambda total, d_logits, x: total.copy_(d_logits.T @ x)
 
 
 def clipped_at_one() -> None:

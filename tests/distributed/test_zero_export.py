@@ -33,7 +33,7 @@ def config(tmp_path_factory):
     return folder / "zero3"
 
 
-@pytest.fixture(scope="module", params=list(DTYPES))
+@pytest.fixture(scope="module", params=["no", pytest.param("bf16", marks=pytest.mark.soak)])
 def exported(request, launch_warm, config, tmp_path_factory):
     """(precision, folder) of an export by two ranks."""
     folder = tmp_path_factory.mktemp("export")

@@ -1,0 +1,22 @@
+"""The program under test with chunks of the loss that are small beside a tiny model's batch: there are several in a row.
+
+CLM_DIST_MUTANT=last_chunk_only leaves the gradient of the head's weights to the last of them.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import mutants
+
+from clm_dist.cli import main
+from clm_dist.model import chunks
+
+chunks.ELEMENTS_ON_CPU = 2**13
+mutants.apply(os.environ.get("CLM_DIST_MUTANT"))
+code = main(sys.argv[1:])
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)  # as the real entry point does under a launcher
