@@ -44,9 +44,6 @@ ON_CPU = {
     "small, vocabulary 50,257": case("gpt2", SMALL, 50257, 128, 16, 20),
     "DistilGPT2, block 128": case("gpt2", {**GPT2, "n_layer": 6}, 50257, 128, 8, 5),
     "DistilGPT2, block 1,024": case("gpt2", {**GPT2, "n_layer": 6}, 50257, 1024, 8, 2),
-    "DistilGPT2, block 1,024, checkpointing": case(
-        "gpt2", {**GPT2, "n_layer": 6}, 50257, 1024, 8, 2, activation_checkpointing=True
-    ),
 }
 BF16 = {"mixed_precision": "bf16"}
 ON_GPU = {
