@@ -1,0 +1,48 @@
+"""The README's picture of speed shows what the results file says."""
+
+import sys
+
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+from picture import SIDES, draw, read
+
+RESULTS = """# Speed and memory beside peers, CPU
+
+## small
+
+|  | tokens/s | of ours | peak memory, GiB | of ours | MFU | loss at the end |
+|---|---|---|---|---|---|---|
+| clm-dist | 1,453 (1,365 to 1,475) | 1.00 | 0.79 (0.79 to 0.80) | 1.00 |  | 10.1300 |
+| Trainer | 1,044 (1,039 to 1,118) | 0.72 | 2.00 (1.98 to 2.00) | 2.53 |  | 10.0508 |
+| no-trainer | FAILED: out of memory | | | | | |
+| minimal (compiled) | 854 (839 to 860) | 0.59 | 2.31 (2.29 to 2.32) | 2.93 |  | 10.1108 |
+| clm-dist train.chunked_loss=false | 1,000 | 0.69 | 2.00 | 2.53 |  | 10.1300 |
+
+## ours failed
+
+| clm-dist | FAILED: why | | | | | |
+"""
+
+
+def test_medians_beside_ours_are_read():
+    assert read(RESULTS) == {
+        "small\n(2 CPU cores)": {
+            "clm-dist": {"tokens/s": 1.0, "memory": 1.0},
+            "Trainer": {"tokens/s": 0.72, "memory": 2.53},
+            "minimal": {"tokens/s": 0.59, "memory": 2.93},
+        }
+    }
+
+
+def test_a_bar_for_each_that_was_measured():
+    speed, memory = draw(read(RESULTS)).axes
+    for axes, expected in ((speed, ["1.00", "0.72", "", "0.59"]), (memory, ["1.00", "2.53", "", "2.93"])):
+        assert [text.get_text() for text in axes.texts] == expected
+        assert [bars.get_label() for bars in axes.containers] == list(SIDES)
+
+
+def test_the_readme_shows_it():
+    assert "docs/images/speed.svg" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (ROOT / "docs" / "images" / "speed.svg").is_file()
