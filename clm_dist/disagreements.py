@@ -68,6 +68,11 @@ def _about_training(config: Config) -> Iterator[str]:
             f"train.global_batch_size={train.global_batch_size} is not divisible by train.micro_batch_size="
             f"{train.micro_batch_size}; set a micro_batch_size among {divisors(train.global_batch_size)}"
         )
+    if train.compile == "on" and train.activation_checkpointing == "selective":
+        yield (
+            "train.compile=on makes one operation of a block, of whose operations train.activation_checkpointing=selective "
+            "keeps some; set train.compile=off, or train.activation_checkpointing to true or false"
+        )
     if train.profile_steps is not None:
         first, last = train.profile_steps
         if first > last or (train.max_steps is not None and first > train.max_steps):

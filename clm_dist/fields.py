@@ -11,6 +11,15 @@ Policy = Literal["stop", "skip", "rewind"]  # what to do about a bad step
 Checkpointing = bool | Literal["selective"]  # of activations
 
 
+def _checkpointing(value: Any) -> Any:
+    if isinstance(value, bool) or value == "selective":
+        return value
+    raise ValueError("needs true, false or selective")
+
+
+CheckpointingField = Annotated[Checkpointing, PlainValidator(_checkpointing)]
+
+
 def _seconds(value: Any) -> Any:
     """A duration in words: 30s, 90m, 4h, 2d, or as Slurm writes it (minutes:seconds up to days-hours:minutes:seconds)."""
     if not isinstance(value, str):

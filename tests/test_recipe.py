@@ -94,6 +94,8 @@ def test_all_problems_at_once_with_the_nearest_names(tmp_path):
         ({"train": {"epochs": 1}}, "train.epochs=1.0 and train.max_steps=6 are given"),
         ({"train": {"micro_batch_size": 5}}, "set a micro_batch_size among 1, 2, 3, 4, 6, 12"),
         ({"optim": {"schedule": "wsd"}}, "decay_steps is for wsd, which needs it"),
+        ({"train": {"activation_checkpointing": "some"}}, "needs true, false or selective"),
+        ({"train": {"activation_checkpointing": "selective", "compile": "on"}}, "set train.compile=off, or"),
         ({"optim": {"decay_steps": 3}}, "decay_steps is for wsd"),
         ({"optim": {"warmup_steps": 7}}, "optim.warmup_steps=7 does not fit into train.max_steps=6"),
         ({"train": {"profile_steps": [3, 2]}}, "train.profile_steps=[3, 2] are no steps of this run"),

@@ -210,7 +210,7 @@ def test_a_stop_file_saves_leaves_and_is_taken_away(folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slurm", [False, True])
+@pytest.mark.parametrize("slurm", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_a_wall_clock_limit(folder, tmp_path, slurm):
     environment = {}
     if slurm:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator
 
 from clm_dist.config.section import Section
-from clm_dist.fields import Checkpointing, Count, Location, Names, Policy, Seconds, numbers
+from clm_dist.fields import CheckpointingField, Count, Location, Names, Policy, Seconds, numbers
 
 
 class LoraConfig(Section):
@@ -109,7 +109,7 @@ class TrainConfig(Section):
         description="Precision of forward and backward; the optimizer's weights, its states and all sums stay fp32. auto: "
         "bf16 on a GPU that has it, else no (fp32). fp16 scales the loss and needs a GPU; fp8 is experimental.",
     )
-    activation_checkpointing: Checkpointing = Field(
+    activation_checkpointing: CheckpointingField = Field(
         False,
         description="Keep only each block's input for backward and compute the rest again: less memory, a third more "
         "computation, the same result. selective: keep what matrix products and attention give as well.",

@@ -40,15 +40,8 @@ def compile_if_asked(train: TrainConfig, model: Any, device: str, kind: str) -> 
     if train.compile == "off":
         return None
     why = why_not(model, device, kind)
-    if train.activation_checkpointing == "selective":
-        why = (
-            why or "train.activation_checkpointing=selective tells a block's operations apart, a graph has them as one"
-        )
-        if train.compile == "on":
-            raise UserError(
-                "train.compile=on makes one operation of a block, of whose operations train.activation_checkpointing="
-                "selective keeps some; set train.compile=off, or train.activation_checkpointing to true or false"
-            )
+    if why is None and train.activation_checkpointing == "selective":  # `on` with it is refused with the recipe
+        why = "train.activation_checkpointing=selective tells a block's operations apart, compiled they are one"
     if train.compile == "auto" and why is not None:
         return None if device != "cuda" else f"train.compile=auto is off: {why}"
     if train.compile == "auto":

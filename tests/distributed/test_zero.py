@@ -24,7 +24,6 @@ CASES = [
     ("zero2", 2, MEDIUM),
     ("zero3", 2, MEDIUM),
     ("fsdp2", 2, MEDIUM),
-    ("zero3_offload", 2, SHORT),
 ]
 SOAK = [("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("zero2_offload", 2), ("zero3_offload", 2), ("fsdp2", 2)]
 SOAK += [("zero2", 3), ("zero3", 3), ("fsdp2", 3)]

@@ -141,11 +141,15 @@ def test_two_ranks_then_one_then_three(command, go_on, recipe, reference, tmp_pa
     assert command("verify", run).code == 0
 
 
-def test_one_run_by_five_engines(command, go_on, recipe, reference, tmp_path):
-    """DDP, ZeRO-3, FSDP2, ZeRO-2, one process: each takes over what the one before it saved, to the last bit; the blocks
-    are those of any other run, and the ledger holds."""
-    whole, run = reference("zero2"), tmp_path / "run"
-    for number, (config, processes) in enumerate([("ddp", 2), ("zero3", 2), ("fsdp2", 2), ("zero2", 2), ("ddp", 1)]):
+ENGINES = [("ddp", 2), ("zero3", 2), ("fsdp2", 2), ("zero2", 2), ("ddp", 1)]
+
+
+@pytest.mark.parametrize("engines", [ENGINES[:3], pytest.param(ENGINES, marks=pytest.mark.soak)], ids=["three", "five"])
+def test_one_run_by_several_engines(command, go_on, recipe, reference, tmp_path, engines):
+    """Each takes over what the one before it saved, to the last bit; the blocks are those of any other run, and the ledger
+    holds."""
+    whole, run = reference("zero3"), tmp_path / "run"
+    for number, (config, processes) in enumerate(engines):
         before = None
         if number:
             cut(run, 2 * number)  # each has saved two steps more than the one before it
