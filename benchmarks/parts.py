@@ -3,7 +3,8 @@
     python benchmarks/parts.py [--repeats R] [--output FILE]
 
 The head and the loss of GPT-2's vocabulary at several sizes of chunk; AdamW fused and not; DDP's gradients as views of its
-buckets and not; the order of blocks a stretch at a time and step by step. speed.py --without takes whole features away.
+buckets and not, its graph static and not; the order of blocks a stretch at a time and step by step. Whole features are
+taken away by speed.py --without.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 from common import ROOT, cell, facts, table
@@ -27,6 +29,11 @@ from clm_dist.model import chunks
 
 TOKENS, WIDTH, VOCABULARY = 1024, 768, 50257
 SIZES = [2**20, 2**22, 2**24, 2**26]
+BUCKETS: dict[str, dict[str, bool]] = {
+    "gradients as views of its buckets": {"gradient_as_bucket_view": True},
+    "gradients beside its buckets": {},
+    "views, static graph": {"gradient_as_bucket_view": True, "static_graph": True},
+}
 LAUNCH = "accelerate.commands.launch --config_file accelerate_configs/ddp.yaml --num_processes 2 --main_process_port 0"
 
 
@@ -98,26 +105,32 @@ def orders(repeats: int) -> str:
 
 
 def buckets(repeats: int) -> str:
-    """What a process of two holds at most after two backward passes of DistilGPT2."""
+    """Two processes, DistilGPT2: what one holds at most, and how long a backward pass of few tokens takes."""
     found = defaultdict(list)
     for _ in range(repeats):
-        for kind in ("views", "copies"):
+        for kind in BUCKETS:
             command = [sys.executable, "-m", *LAUNCH.split(), __file__, "--worker", kind]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
             found[kind].append(json.loads(done.stdout.splitlines()[-1]))
-    rows = [[name, cell(values, ".2f")] for name, values in found.items()]
-    return table("DDP's gradients, DistilGPT2", "beside its buckets | peak memory of a process, GiB", rows)
+    rows = []
+    for name, values in found.items():
+        memory, milliseconds = zip(*values, strict=True)
+        rows.append([name, cell(memory, ".2f"), cell(milliseconds, ",.0f")])
+    return table("DDP, DistilGPT2", "kind | peak memory of a process, GiB | forward and backward, ms", rows)
 
 
 def worker(kind: str) -> None:
     """A rank of `buckets`."""
     torch.distributed.init_process_group("gloo")
-    model = torch.nn.parallel.DistributedDataParallel(distilgpt2(), gradient_as_bucket_view=kind == "views")
-    for _ in range(2):
-        model(input_ids=torch.zeros(1, 8, dtype=torch.int64)).logits.sum().backward()
+    model = torch.nn.parallel.DistributedDataParallel(distilgpt2(), **BUCKETS[kind])
+    ids, times = torch.zeros(1, 8, dtype=torch.int64), []
+    for _ in range(7):
+        began = time.perf_counter()
+        model(input_ids=ids).logits.sum().backward()
+        times.append(1e3 * (time.perf_counter() - began))
     if torch.distributed.get_rank() == 0:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, flush=True)
+        print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, median(times[2:])]), flush=True)
     torch.distributed.barrier()
     os._exit(0)
 

@@ -25,7 +25,7 @@ CELLS = {
     "zero2": "trained, evaluated, exported under DeepSpeed's ZeRO-2 likewise; six kinds resumed too",
     "zero3": "the same under ZeRO-3",
     "chunked loss": "loss and gradients by chunks of tokens are those of autograd through whole logits, within 1e-6",
-    "checkpointing": "activations computed again give the same gradients, to the last bit",
+    "checkpointing": "activations computed again, all of a block or some, give the same gradients, to the last bit",
     "bf16": "under autocast the loss is that of fp32 within 2 %",
     "isolation": "documents packed into a block do not see each other",
     "compile": "torch.compile (aot_eager) captures forward and backward, the loss is the same",
