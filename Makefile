@@ -46,6 +46,8 @@ test-legacy: $(LEGACY)/.installed  ## the same with transformers 4.57, which has
 bench: $(VENV)/.installed-peers  ## ours and the peer in one run; results go to benchmarks/results/
 	$(VENV)/bin/python benchmarks/training.py
 	$(VENV)/bin/python benchmarks/speed.py
+	$(VENV)/bin/python benchmarks/processes.py
+	$(VENV)/bin/python benchmarks/parts.py
 	$(VENV)/bin/python benchmarks/prepare.py
 	$(VENV)/bin/python benchmarks/read_blocks.py
 	$(VENV)/bin/python benchmarks/checkpoint.py

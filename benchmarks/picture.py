@@ -15,8 +15,9 @@ Case = dict[str, dict[str, float]]  # side: figure: median, ours is 1
 
 
 def read(text: str) -> dict[str, Case]:
-    """The cases of a results file of speed.py by their titles; those left out that ours was not measured in."""
-    where = "H100" if "H100" in text.splitlines()[0] else "2 CPU cores"
+    """The cases of a results file of speed.py by their titles; those left out that have no peer beside ours."""
+    gpu = re.search(r"NVIDIA (\w+)", text)
+    where = f"one {gpu[1]}" if gpu else "CPU"
     found = {}
     for title, body in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE):
         case: Case = {}
@@ -25,7 +26,7 @@ def read(text: str) -> dict[str, Case]:
             side = cells[0].partition(" (")[0]
             if side in SIDES and len(cells) > 4 and cells[2]:
                 case[side] = {"tokens/s": float(cells[2]), "memory": float(cells[4])}
-        if "clm-dist" in case:
+        if "clm-dist" in case and len(case) > 1:
             found[f"{title}\n({where})"] = case
     return found
 
