@@ -10,6 +10,7 @@ which know nothing of each other, and so what this machine makes of two.
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -31,15 +32,14 @@ def begin(path: Path, run: Path, processes: int, batch: int) -> subprocess.Popen
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         [sys.executable, *program, "train", str(path), *overrides],
-        cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=run.with_suffix(".err").open("w"), text=True,
     )  # fmt: skip
 
 
 def speed(process: subprocess.Popen[str], run: Path) -> float:
     """Tokens/s of all its processes, without the first log line; RuntimeError where it fails."""
-    _, said = process.communicate()
-    if process.returncode:
-        raise RuntimeError(said[-2000:])
+    if process.wait():
+        raise RuntimeError(run.with_suffix(".err").read_text()[-2000:])
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return median([row["perf/tokens_per_second"] for row in rows if "train/loss" in row][1:])
 
@@ -69,7 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(name, args.repeats, Path(folder)) for name in args.cases]
-    made = facts(f"benchmarks/processes.py --repeats {args.repeats}")
+    made = facts(shlex.join(["benchmarks/processes.py", "--repeats", str(args.repeats), "--cases", *args.cases]))
     text = f"{table('Two processes on two cores', HEAD, rows)}\n{made}\n"
     print(text)
     if args.output:

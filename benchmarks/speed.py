@@ -44,6 +44,9 @@ ON_CPU = {
     "small, vocabulary 50,257": case("gpt2", SMALL, 50257, 128, 16, 20),
     "DistilGPT2, block 128": case("gpt2", {**GPT2, "n_layer": 6}, 50257, 128, 8, 5),
     "DistilGPT2, block 1,024": case("gpt2", {**GPT2, "n_layer": 6}, 50257, 1024, 8, 2),
+    "DistilGPT2, block 1,024, checkpointing": case(
+        "gpt2", {**GPT2, "n_layer": 6}, 50257, 1024, 8, 2, activation_checkpointing=True
+    ),
 }
 BF16 = {"mixed_precision": "bf16"}
 ON_GPU = {
@@ -102,10 +105,8 @@ def ours(path: str, *overrides: str) -> dict[str, float]:
     metrics = Path(json.loads(Path(path).read_text())["run_dir"]) / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     rows = [row for row in rows if "train/loss" in row]
-    return {
-        "tokens/s": median(row["perf/tokens_per_second"] for row in rows[1:]),
-        "loss": rows[-1]["train/loss"],
-    }
+    tokens, seconds = (rows[-1][key] - rows[0][key] for key in ("train/tokens_seen", "time"))
+    return {"tokens/s": tokens / seconds, "loss": rows[-1]["train/loss"]}
 
 
 def work(side: str, path: str, output: str) -> None:

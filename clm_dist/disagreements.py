@@ -70,8 +70,8 @@ def _about_training(config: Config) -> Iterator[str]:
         )
     if train.compile == "on" and train.activation_checkpointing == "selective":
         yield (
-            "train.compile=on makes one operation of a block, of whose operations train.activation_checkpointing=selective "
-            "keeps some; set train.compile=off, or train.activation_checkpointing to true or false"
+            "train.compile=on with train.activation_checkpointing=selective: a compiled block is one operation, of which no "
+            "part can be kept; set train.compile=off, or train.activation_checkpointing to true or false"
         )
     if train.profile_steps is not None:
         first, last = train.profile_steps

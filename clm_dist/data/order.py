@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
-AHEAD = 4096  # positions of the stream that are permuted together: numpy takes little longer for them than for eight
+AHEAD = 4096  # positions of the stream that are permuted together: numpy takes about four times as long as for eight
 ROUNDS = 8  # 4 suffice for large sets by Luby-Rackoff; more cost little and mix sets of a few blocks well
 
 

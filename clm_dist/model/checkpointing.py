@@ -1,6 +1,6 @@
 """Activations that a backward pass computes again instead of keeping them (Chen et al., arXiv:1604.06174).
 
-Of each block its input alone is kept, or, selective, the results of matrix products and of attention as well: what lies
+Of each block its input alone is kept, or, selective, what matrix products and fused attention give as well: what lies
 between them (norms, activation functions, rotations, masks of dropout) is most of the memory and little of the work.
 (Korthikanti et al., arXiv:2205.05198, section 5, select the other way round, for attention that keeps T x T numbers.)
 """
@@ -18,7 +18,8 @@ from clm_dist.model import transformers_versions
 from clm_dist.model.configuration import row_of
 
 ATEN = torch.ops.aten
-# bmm is left out: what an unfused attention multiplies by it has T x T numbers
+# bmm and baddbmm are left out: an unfused attention (a model without SDPA, or dropout in it on a CPU) makes T x T numbers
+# with them, and computes these again; so is _grouped_mm, of experts, whose results some models change in place (GPT-OSS)
 KEPT = [
     ATEN.mm.default,
     ATEN.addmm.default,

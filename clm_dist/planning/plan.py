@@ -187,8 +187,10 @@ def _activations(config: Config, built: Any, task: Task) -> tuple[dict[tuple[str
             found[precision, checkpointing] = activations.count(
                 build, task.block_size, precision, checkpointing, config.train.chunked_loss
             )
-        except UserError:  # the architecture has no checkpointing
-            continue
+        except UserError:
+            if not checkpointing:
+                raise
+            continue  # the architecture has no checkpointing
         except Exception as error:  # whatever a model does with values that are not there
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             vocab_size = built.get_text_config().vocab_size

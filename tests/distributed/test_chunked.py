@@ -4,6 +4,7 @@ An evaluation of the same weights has the same sums, and a gradient of which a c
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,9 @@ def test_an_evaluation(program, folder):
     for name, overrides in (("chunks", []), ("whole", [WHOLE])):
         output = folder / f"{name}.json"
         where = ["--model", folder / "one" / "model", "--output", output]
-        program("evaluate", folder / "recipe.yaml", *where, *overrides)
+        done = program("evaluate", folder / "recipe.yaml", *where, *overrides)
+        assert all((count != "0") == (name == "chunks") for count in re.findall(r"by chunks: (\d+) times", done.out))
+        assert "by chunks: " in done.out
         figures.append(json.loads(output.read_text()))
     assert figures[0]["eval/nll"] == pytest.approx(figures[1]["eval/nll"], rel=1e-9)
     assert figures[0]["eval/tokens"] == figures[1]["eval/tokens"] > 0
