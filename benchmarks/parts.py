@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from common import ROOT, cell, facts, table
 from torch.nn import functional as F
@@ -96,8 +97,8 @@ def orders(repeats: int) -> str:
 
     def steps() -> None:
         for step in range(100):
-            positions = order.np.arange(step * 16, step * 16 + 16, dtype="uint64")
-            order.permute(positions % order.np.uint64(1000), 1000, 42, positions // order.np.uint64(1000))
+            positions = np.arange(step * 16, step * 16 + 16, dtype="uint64")
+            order.permute(positions % np.uint64(1000), 1000, 42, positions // np.uint64(1000))
 
     timed = in_turns({f"{order.AHEAD:,} positions": stretches, "each step": steps}, repeats)
     rows = [[name, cell([one / 100 for one in values], ".3f")] for name, values in timed.items()]

@@ -60,9 +60,8 @@ def main() -> None:
     cases: dict[str, Case] = {}
     for path in args.results:
         cases |= read(path.read_text())
-    with rc_context(
-        {"svg.hashsalt": "clm-dist", "svg.fonttype": "none"}
-    ):  # the same bytes every time, and words as words
+    # the same bytes every time, and words as words
+    with rc_context({"svg.hashsalt": "clm-dist", "svg.fonttype": "none"}):
         draw(cases).savefig(args.output, metadata={"Date": None})
 
 

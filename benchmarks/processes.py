@@ -30,10 +30,11 @@ def begin(path: Path, run: Path, processes: int, batch: int) -> subprocess.Popen
     program = ["-m", *LAUNCH.split(), "-m", "clm_dist"] if processes > 1 else ["-m", "clm_dist"]
     overrides = [f"run_dir={run}", f"train.global_batch_size={batch * processes}", "--overwrite"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [sys.executable, *program, "train", str(path), *overrides],
-        cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=run.with_suffix(".err").open("w"), text=True,
-    )  # fmt: skip
+    with run.with_suffix(".err").open("w") as said:
+        return subprocess.Popen(
+            [sys.executable, *program, "train", str(path), *overrides],
+            cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=said, text=True,
+        )  # fmt: skip
 
 
 def speed(process: subprocess.Popen[str], run: Path) -> float:

@@ -84,6 +84,18 @@ def test_blocks_of_another_size_are_no_epoch(trained, capsys):
     assert "holds blocks of 16 tokens: prepare for 8" in capsys.readouterr().out
 
 
+def test_selective_checkpointing_is_planned_where_the_recipe_has_it(recipe, capsys):
+    kinds = {}
+    for given in ("false", "selective"):
+        assert main(["plan", recipe, *ROOM, f"train.activation_checkpointing={given}", "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        kinds[given] = {row["activation_checkpointing"]: row["activations"] for row in rows if row["strategy"] == "ddp"}
+    assert list(kinds["false"]) == [False, True] and list(kinds["selective"]) == [False, "selective", True]
+    assert kinds["selective"][True] < kinds["selective"]["selective"] < kinds["selective"][False]
+    assert main(["plan", recipe, *ROOM, "train.activation_checkpointing=selective"]) == 0
+    assert re.search(r"^ddp +selective ", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_nothing_fits(recipe, capsys):
     large = ["model.config.n_embd=16384", "model.config.n_layer=4"]
     assert main(["plan", recipe, *NO_ROOM, *large]) == 0

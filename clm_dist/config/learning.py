@@ -112,7 +112,7 @@ class TrainConfig(Section):
     activation_checkpointing: CheckpointingField = Field(
         False,
         description="Keep only each block's input for backward and compute the rest again: less memory, a third more "
-        "computation, the same result. selective: keep what matrix products and attention give as well.",
+        "computation, the same result. selective: keep what matrix products and fused attention give as well.",
     )
     chunked_loss: bool = Field(
         True,

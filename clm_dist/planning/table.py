@@ -70,7 +70,7 @@ def _cells(row: Row, least: float, unit: int) -> tuple[str, ...]:
     sizes = (row.parameters, row.gradients, row.optimizer_states, row.buffers, row.activations, row.logits, row.total)
     return (
         row.strategy,
-        {"False": "no", "True": "yes", "selective": "selective"}[str(row.activation_checkpointing)],
+        "yes" if row.activation_checkpointing is True else row.activation_checkpointing or "no",
         *(f"{one / unit:.2f}" for one in sizes),
         str(row.micro_batch_size) if row.fits else f"({row.micro_batch_size})",
         str(row.largest_micro_batch_size),
@@ -80,7 +80,7 @@ def _cells(row: Row, least: float, unit: int) -> tuple[str, ...]:
     )
 
 
-def checkpointing(row: Row) -> str:
+def _checkpointing(row: Row) -> str:
     """The kind that a row has."""
     return ("selective " if row.activation_checkpointing == "selective" else "") + "activation checkpointing"
 
@@ -95,14 +95,14 @@ def _recommendation(outlook: Outlook) -> list[str]:
     best, cluster = outlook.recommended, outlook.cluster
     if best is None:
         least = min(outlook.rows, key=lambda row: row.total)
-        ckpt = f" with {checkpointing(least)}" if least.activation_checkpointing else ""
+        ckpt = f" with {_checkpointing(least)}" if least.activation_checkpointing else ""
         return [
             f"nothing fits: {least.strategy}{ckpt} needs {size(least.total)} of {outlook.usable_bytes / GIB:.1f} "
             f"GiB a GPU and {size(least.host_bytes_per_node)} of CPU memory a node; take more or larger GPUs, or a "
             "smaller data.block_size or model"
         ]
     accumulation = outlook.global_batch_size // (cluster.gpus * best.micro_batch_size)
-    ckpt = f", {checkpointing(best)}" if best.activation_checkpointing else ""
+    ckpt = f", {_checkpointing(best)}" if best.activation_checkpointing else ""
     lines = [
         f"recommended: {best.strategy}{ckpt}, micro-batch {best.micro_batch_size}, {accumulation} "
         f"{'micro-step' if accumulation == 1 else 'micro-steps'} per step, "
