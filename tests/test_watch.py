@@ -30,7 +30,7 @@ def listener(number, may_leave=False):
     )
     process.stdout.readline()
     process.send_signal(number)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=300)
     return process.returncode, out.split()
 
 

@@ -16,6 +16,7 @@ from clm_dist.training.launch import DEEPSPEED, FSDP, check_launch, launched_wor
 from clm_dist.training.precision import check_precision
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # covers the main process writing a large model while the others wait
+_left: list[Any] = []  # process groups of which this process was part
 
 
 def start(mixed_precision: str, deepspeed: dict[str, Any] | None = None, idle_experts: bool = False) -> Accelerator:
@@ -53,6 +54,11 @@ def start(mixed_precision: str, deepspeed: dict[str, Any] | None = None, idle_ex
 
 
 def finish(accelerator: Accelerator) -> None:
-    """The last barrier, then the process group is taken down. Every rank must call this."""
+    """The last barrier, then the process group is taken down. Every rank must call this.
+
+    Its object is kept. DDP's reducer would be the last to let go of it, with Python's lock held, and waits then for threads
+    of gloo that may need that lock: one end of fifty hung on a busy machine (torch 2.13; pytorch #56297).
+    """
     accelerator.wait_for_everyone()
+    _left.append(dist.group.WORLD)
     accelerator.end_training()

@@ -115,13 +115,13 @@ def test_a_run_that_is_interrupted_in_every_way_is_one_run(folder, tmp_path, wan
     assert reference.wait(300) == 0, reference.log.read_text()
 
     def reached(start):
-        return wait_for(lambda: steps_of_start(folder_of_run, start) >= 2, f"start {start}: {log(folder_of_run)}", 120)
+        return wait_for(lambda: steps_of_start(folder_of_run, start) >= 2, f"start {start}: {log(folder_of_run)}", 300)
 
     reached(0)
     found = status(folder_of_run)
     assert found["state"] == "running" and found["job"]["nodes"] == "n[1-2]" and found["max_steps"] == 80
     run("scancel", "--signal=USR1", "--batch", number)
-    wait_for(lambda: rows(folder_of_run, "end"), "the run to save and leave", 60)
+    wait_for(lambda: rows(folder_of_run, "end"), "the run to save and leave", 300)
     assert [row["state"] for row in rows(folder_of_run, "end")] == ["preempted"]
     reached(1)
     run("scontrol", "requeue", number)
@@ -171,7 +171,7 @@ def test_what_is_queued_again_and_what_is_not(folder, tmp_path):
         *("launch/preemptible.sbatch", recipe, f"run_dir={tmp_path}/misconfigured", "train.global_batch_size=7"),
         env={**os.environ, "OUTCOMES": str(tmp_path), "PATH": f"{BIN}:{os.environ['PATH']}"},
     ).strip()
-    wait_for(lambda: steps_of_start(tmp_path / "cancelled", 0) >= 1, "a step", 120)
+    wait_for(lambda: steps_of_start(tmp_path / "cancelled", 0) >= 1, "a step", 300)
     run("scancel", cancelled)
     over = wait_until_over(limited, cancelled, misconfigured, killed)
     assert over == ["FAILED", "CANCELLED", "FAILED", "FAILED"], log(tmp_path / "limited")

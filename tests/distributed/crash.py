@@ -24,6 +24,7 @@ from conftest import ROOT, launch_command, prepare_recipe, read_rows, run_comman
 from safetensors.numpy import load_file
 
 HEARD = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"}  # as launch/local.sh has it
+PATIENCE = 300  # seconds
 DROPOUT = {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1}
 
 
@@ -87,7 +88,7 @@ class Start:
         except OSError:
             return []
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = PATIENCE) -> int:
         """Until it is over; the code that a launch script sees."""
         self.process.wait(timeout)
         text = self.outcome.read_text().strip() if self.outcome.exists() else ""
@@ -109,8 +110,8 @@ class Start:
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait_for(condition, seconds: float) -> bool:
-    """Whether something came to be in time."""
+def wait_for(condition, seconds: float = PATIENCE) -> bool:
+    """Whether something came to be at all: no promise is a time, and the machine may be busy."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -126,15 +127,15 @@ def kill_once(start: Start, number: int, target: str, moment: str | None = None)
     if moment == "start-up":
         time.sleep(random.uniform(0.5, 6))
     else:
-        wait_for(lambda: start.steps() > before or start.process.poll() is not None, 60)
+        wait_for(lambda: start.steps() > before or start.process.poll() is not None)
         if moment == "save":
             staged = start.run / "checkpoints"
-            wait_for(lambda: any(staged.glob(".step-*.partial")) or start.process.poll() is not None, 20)
+            wait_for(lambda: any(staged.glob(".step-*.partial")) or start.process.poll() is not None)
             time.sleep(random.uniform(0, 0.02))
         else:
             time.sleep(random.uniform(0, 1.0))
     start.send(number, target)
-    start.process.wait(60)
+    start.process.wait(PATIENCE)
     if target == "launcher":  # its ranks find out by themselves
         time.sleep(1)
     return moment

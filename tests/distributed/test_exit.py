@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, launch, launch_command, prepare_recipe, read_rows
 
 pytestmark = pytest.mark.distributed
+LEAVING = Path(__file__).parent / "leaving.py"
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +44,21 @@ def test_ctrl_c_ends_all_ranks_with_one_line(folder):
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     metrics = folder / "interrupted" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and (not metrics.exists() or metrics.read_text().count("train/loss") < 3):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert err.count("clm-dist train: stopped by SIGINT; saved at step") == 1, err
     assert "clm_dist/training" not in err, err  # the launcher shows a traceback of its own; ours do not
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # nobody is left
     assert read_rows(metrics)[-1]["step"] >= 3
+
+
+def test_ranks_leave_while_a_thread_of_gloo_is_not_through(launch_warm):
+    done = launch_warm(2, script=LEAVING)
+    assert done.code == 0 and done.out.count("left") == 2, done.err
 
 
 @pytest.mark.soak

@@ -212,7 +212,7 @@ def interrupted_everywhere(folder, go_on, run, signals):
         marker.unlink(missing_ok=True)
         env = {"CLM_DIST_FAULT": f"{place}:pause", "CLM_DIST_MARKER": str(marker)}
         start = Start(folder / "recipe.yaml", run, 2, env=env, script=FAULTY)
-        assert wait_for(marker.exists, 60), (place, start.log.read_text())
+        assert wait_for(marker.exists), (place, start.log.read_text())
         start.send(number, target)
         code = start.wait(40)
         assert code == 75, (place, code, start.log.read_text()[-3000:])
@@ -239,7 +239,7 @@ def test_each_signal_in_every_phase(folder, go_on, tmp_path, target, number):
 def test_a_signal_to_one_rank(folder, go_on, tmp_path):
     """The others have not heard it, and stop at the same step."""
     start = Start(folder / "recipe.yaml", tmp_path / "run", 2)
-    assert wait_for(lambda: reached(tmp_path / "run") >= 5, 60)
+    assert wait_for(lambda: reached(tmp_path / "run") >= 5)
     start.send(signal.SIGUSR1, "rank")
     assert start.wait() == 75, start.log.read_text()
     go_on(folder / "recipe.yaml", tmp_path / "run")
@@ -250,7 +250,7 @@ def test_a_signal_to_one_rank(folder, go_on, tmp_path):
 def test_a_stop_file_is_the_wish_of_somebody_who_is_there(folder, go_on, tmp_path):
     """130 from whichever rank notes its code first, not 75: nothing queues the run again. It goes on when asked to."""
     start = Start(folder / "recipe.yaml", tmp_path / "run", 2)
-    assert wait_for(lambda: reached(tmp_path / "run") >= 5, 60)
+    assert wait_for(lambda: reached(tmp_path / "run") >= 5)
     (tmp_path / "run" / "STOP").touch()
     assert start.wait() == 130, start.log.read_text()
     go_on(folder / "recipe.yaml", tmp_path / "run")
@@ -270,12 +270,12 @@ def test_a_launcher_that_dies_of_a_signal(folder, go_on, tmp_path):
     """Without PET_SIGNALS_TO_HANDLE, SIGUSR1 kills it at once; its ranks find it gone, save, and leave."""
     heard_by_default = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT"}
     start = Start(folder / "recipe.yaml", tmp_path / "run", 2, heard_by_default)
-    assert wait_for(lambda: reached(tmp_path / "run") >= 5, 60)
+    assert wait_for(lambda: reached(tmp_path / "run") >= 5)
     ranks = start.ranks()
     start.send(signal.SIGUSR1, "launcher")
     told = "stopped by the end of the launcher; saved at step"  # by rank 0; another may be the first to note its code
-    assert wait_for(lambda: start.outcome.exists() and told in start.log.read_text(), 30), start.log.read_text()
-    assert wait_for(lambda: not any(alive(pid) for pid in ranks), 30)  # each notes its code at its own end
+    assert wait_for(lambda: start.outcome.exists() and told in start.log.read_text()), start.log.read_text()
+    assert wait_for(lambda: not any(alive(pid) for pid in ranks))  # each notes its code at its own end
     assert start.wait() == 75
     go_on(folder / "recipe.yaml", tmp_path / "run")
     assert compare(tmp_path / "run", folder / "reference") == []
@@ -285,7 +285,7 @@ def test_a_launcher_that_dies_of_a_signal(folder, go_on, tmp_path):
 def test_mutant_a_flag_of_one_rank(folder, tmp_path):
     """Who stops when it alone was told to leaves the others in a collective without it."""
     start = Start(folder / "recipe.yaml", tmp_path / "run", 2, {"CLM_DIST_FAULT": "none:local-flag"}, FAULTY)
-    assert wait_for(lambda: reached(tmp_path / "run") >= 5, 60)
+    assert wait_for(lambda: reached(tmp_path / "run") >= 5)
     start.send(signal.SIGUSR1, "rank")
     assert start.wait() != 75
 

@@ -65,18 +65,18 @@ def test_one_run_over_three_restarts_of_two_processes(tmp_path, server):
 
     def begin(until: int) -> Start:
         start = Start(recipe, run, 2, env=server.environment)
-        assert wait_for(lambda: reached(run) >= until, 120), start.log.read_text()
+        assert wait_for(lambda: reached(run) >= until), start.log.read_text()
         return start
 
     first = begin(until=25)
     first.send(signal.SIGKILL, "tree")  # training only: its courier finds out, delivers what there is, and leaves
     first.process.wait(60)
-    assert wait_for(lambda: server.runs and len(only(server).history) >= 10, 60)
+    assert wait_for(lambda: server.runs and len(only(server).history) >= 10)
     second = begin(until=65)
     second.send(signal.SIGTERM, "all")
     assert second.wait() == 75, second.log.read_text()
     third = begin(until=105)
-    assert wait_for(lambda: (run / "outbox" / "wandb.rows").read_text().count("\n") > 40, 60)
+    assert wait_for(lambda: (run / "outbox" / "wandb.rows").read_text().count("\n") > 40)
     kill_courier(run)  # with what it had not sent yet
     third.send(signal.SIGKILL, "tree")
     third.process.wait(60)
@@ -111,7 +111,7 @@ def test_an_endpoint_that_is_not_there_costs_nothing_and_all_is_delivered_later(
         lambda: any(one.history for one in server.runs.values()),  # the server has some
     ):
         killed = start_sync(server, run)
-        assert wait_for(moment, 60)
+        assert wait_for(moment)
         killed.kill()
         killed.wait()
     assert run_command("sync", run, "--status", env=server.environment).code == 1
@@ -135,7 +135,7 @@ def test_an_endpoint_that_hangs_is_left_alone(tmp_path, server):
     server.behave("hang")
     done = run_command("train", recipe, env=server.environment)
     assert done.code == 0 and f"`clm-dist sync {run}` delivers the rest" in done.out, done.out + done.err
-    assert wait_for(lambda: not couriers_of(run), 30), "a courier outlived its patience"
+    assert wait_for(lambda: not couriers_of(run), 60), "a courier outlived its patience"
     server.behave("well")
     done = run_command("sync", run, env=server.environment)
     assert done.code == 0, done.out + done.err
@@ -159,14 +159,14 @@ def test_a_client_that_dies_and_a_server_that_is_away_for_a_while(trained, tmp_p
     run = blank_run(trained, tmp_path)
     write_rows(run, range(1, 11))
     courier = follow(run, server)
-    assert wait_for(lambda: server.runs and len(only(server).history) == 9, 60)
+    assert wait_for(lambda: server.runs and len(only(server).history) == 9)
     [client] = Path(f"/proc/{courier.pid}/task/{courier.pid}/children").read_text().split()
     os.kill(int(client), signal.SIGKILL)
     write_rows(run, range(11, 21))
-    assert wait_for(lambda: len(only(server).history) == 19, 60)
+    assert wait_for(lambda: len(only(server).history) == 19)
     server.behave("refuse")
     write_rows(run, range(21, 31))
-    assert wait_for(lambda: (run / "outbox" / "wandb.rows").read_text().count("\n") == 29, 60)
+    assert wait_for(lambda: (run / "outbox" / "wandb.rows").read_text().count("\n") == 29)
     server.behave("well")
     courier.stdin.write(b"finished 60\n")
     courier.stdin.close()
@@ -178,7 +178,7 @@ def test_a_courier_that_is_told_to_go_goes_whatever_hangs(trained, tmp_path, ser
     run = blank_run(trained, tmp_path)
     write_rows(run, range(1, 11))
     courier = follow(run, server)
-    assert wait_for(lambda: server.runs and only(server).history, 60)
+    assert wait_for(lambda: server.runs and only(server).history)
     server.behave("hang")  # inside W&B's client, which waits for as long as it takes
     write_rows(run, range(11, 21))
     courier.send_signal(signal.SIGTERM)

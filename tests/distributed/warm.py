@@ -7,6 +7,7 @@ becomes the program that the case names, with a process group and an end of its 
 ended. Packages are imported beforehand; the program under test is not: each child imports it for itself.
 """
 
+import faulthandler
 import json
 import os
 import runpy
@@ -34,6 +35,7 @@ def become(case: dict, name: str) -> None:
     for number, kind in ((1, "out"), (2, "err")):
         file = os.open(FOLDER / f"{name}-{RANK}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
+    faulthandler.dump_traceback_later(PATIENCE - 20)  # what hangs says where
     os.environ.update(case["env"])
     os.chdir(case["cwd"])
     first, *rest = case["program"]
