@@ -89,8 +89,8 @@ def shorten(folder: Path) -> None:
 
 
 def test_every_command_of_the_readme_runs(launch_warm, shorter, copy, tmp_path):
-    """In the slow suite `clm-dist` and a subcommand are typed once; the further lines with it run in processes that have
-    imported the packages (`launch_warm`)."""
+    """In the slow suite `clm-dist` and a subcommand are typed once, as is a file for `accelerate launch`; the further lines
+    with it run in processes that have imported the packages (`launch_warm`)."""
     typed = set()
     write_data(tmp_path / "data")
     write_model(tmp_path / "model")
@@ -110,14 +110,19 @@ def test_every_command_of_the_readme_runs(launch_warm, shorter, copy, tmp_path):
             if command.startswith("clm-dist plan recipes/eli5_distilgpt2.yaml"):
                 continue  # test_planning_page.py runs these, and compares what they print
             program, *arguments = shlex.split(command, comments=True)
-            subcommand = (program, *arguments[: 2 if arguments[0] == "data" else 1])
+            beginning = (program, *arguments[: 2 if arguments[0] in ("data", "launch") else 1])
+            processes, config = 1, "ddp"
+            if program == "accelerate":
+                beginning += (arguments[2],)
+                processes, config = 2, Path(arguments[2]).stem
+                arguments = arguments[arguments.index("clm_dist") + 1 :]
             of_the_hub = "eli5" in command  # whose address a process must have from its beginning
-            if shorter and program == "clm-dist" and subcommand in typed and not of_the_hub:
-                done = launch_warm(1, *arguments, env=environment, cwd=copy)
+            if shorter and program in ("clm-dist", "accelerate") and beginning in typed and not of_the_hub:
+                done = launch_warm(processes, *arguments, env=environment, cwd=copy, config=config)
                 assert done.code == 0, f"{command}\n{done.out}{done.err}"
             else:
                 run(command, copy, environment)
-            typed.add(subcommand)
+            typed.add(beginning)
     made = {path.name for path in (copy / "runs").iterdir()}
     assert (
         made

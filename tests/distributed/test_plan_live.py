@@ -37,10 +37,10 @@ def cases(architectures, precisions=("no", "bf16")):
 
 
 @pytest.mark.slow
-def test_five_architectures(tmp_path):
-    """Every other one in bf16; the soak suite has each in both precisions."""
-    half, rest = list(TINY)[::2], list(TINY)[1::2]
-    check(tmp_path, 2, cases(half, ["no"]) + cases(rest, ["bf16"]))
+def test_two_architectures(tmp_path):
+    """One in each precision; the soak suite has five in both."""
+    first, second, *_ = TINY
+    check(tmp_path, 2, cases([first], ["no"]) + cases([second], ["bf16"]))
 
 
 @pytest.mark.soak

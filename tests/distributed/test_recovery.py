@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -214,7 +215,7 @@ def interrupted_everywhere(folder, go_on, run, signals):
         start = Start(folder / "recipe.yaml", run, 2, env=env, script=FAULTY)
         assert wait_for(marker.exists), (place, start.log.read_text())
         start.send(number, target)
-        code = start.wait(40)
+        code = start.wait()
         assert code == 75, (place, code, start.log.read_text()[-3000:])
     go_on(folder / "recipe.yaml", run)
     assert compare(run, folder / "reference") == []
@@ -281,7 +282,7 @@ def test_a_launcher_that_dies_of_a_signal(folder, go_on, tmp_path):
     assert compare(tmp_path / "run", folder / "reference") == []
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_mutant_a_flag_of_one_rank(folder, tmp_path):
     """Who stops when it alone was told to leaves the others in a collective without it."""
     start = Start(folder / "recipe.yaml", tmp_path / "run", 2, {"CLM_DIST_FAULT": "none:local-flag"}, FAULTY)
@@ -300,6 +301,25 @@ def test_three_processes_too_are_equal_to_the_last_bit(folder, faulty, go_on, tm
     for run in runs:
         go_on(folder / "recipe.yaml", run, 3, f"none:{fault}")
     assert (compare(*runs) == []) == (fault == "raise")
+
+
+@pytest.mark.soak
+def test_compiled_blocks_go_on_to_the_last_bit(launch_warm, folder, tmp_path):
+    """As on a GPU by default: each start compiles them, and finds nothing that another has compiled."""
+
+    def start(run, fault="none:none"):
+        env = {"CLM_DIST_FAULT": fault, "TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(dir=tmp_path)}
+        arguments = ("train", folder / "recipe.yaml", f"run_dir={run}", "train.compile=on")
+        return launch_warm(2, *arguments, script=FAULTY, env=env)
+
+    broken_off, reference = tmp_path / "broken_off", tmp_path / "reference"
+    done = start(broken_off, "data:raise:1:20")
+    assert done.code == 1 and reached(broken_off) >= 6, done.err
+    for run in (broken_off, reference):
+        done = start(run)
+        assert done.code == 0 and "2 blocks are compiled" in done.out, done.out + done.err
+    assert compare(broken_off, reference) == []
+    assert compare(reference, folder / "reference")  # they were: it is another order of sums
 
 
 @pytest.mark.parametrize(
