@@ -1,5 +1,6 @@
 """What a node of a job does: finds its surroundings out, passes signals on, copies data, names what went wrong."""
 
+import json
 import os
 import signal
 import socket
@@ -133,6 +134,37 @@ def test_a_launcher_that_fails_is_named_with_its_node():
     command = [sys.executable, "-m", "clm_dist.cluster.task", sys.executable, "-c", "raise SystemExit(3)", "launch"]
     done = subprocess.run(command, env={**os.environ, **JOB}, capture_output=True, text=True, check=False)
     assert done.returncode == 3 and f"node {os.uname().nodename} (number 0): the launcher ended with 3" in done.stderr
+
+
+KILLED = """
+import subprocess, sys, time
+from pathlib import Path
+from clm_dist.watch import beats, failure
+rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+position = (7, "training", 12, 1, "data", {since}, "its stack")
+(Path({run!r}) / ".watch").mkdir(parents=True)
+beats.write(Path({run!r}) / ".watch", beats.Beat(0, failure.hostname(), rank.pid, *position))
+rank.kill()
+sys.exit(rank.wait() != 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("since", "told", "named"), [("time.time()", "", True), ("time.time()", "75\n", False), ("0", "", False)]
+)
+def test_a_rank_that_was_killed_is_named_by_its_node(tiny, since, told, named):
+    """Unless somebody has said how the run ended, or all signs of life are of an earlier start."""
+    run, outcome = tiny / "run", tiny / "outcome"
+    outcome.write_text(told)
+    launcher = [sys.executable, "-c", KILLED.format(run=str(run), since=since), "launch", "train"]
+    command = [sys.executable, "-m", "clm_dist.cluster.task", *launcher, str(tiny / "recipe.yaml")]
+    env = {**os.environ, **JOB, "CLM_DIST_OUTCOME": str(outcome)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "the launcher ended with 1" in done.stderr
+    assert ("rank 0 of 1 on" in done.stderr) == named == (run / "failure.json").exists(), done.stderr
+    if named:
+        assert json.loads((run / "failure.json").read_text())["error"].startswith("its process is gone")
+        assert outcome.read_text() == "1\n"
 
 
 def test_a_messenger_tells_each_rank_once(monkeypatch):

@@ -4,17 +4,25 @@
 
 Slurm signals the task and nothing below it. The launcher would pass a signal on, wait for 30 seconds and kill; so the ranks
 are told instead, and the launcher ends as it does after any run. `--machine_rank` is added here: only a task knows it.
+
+Where a rank was killed, its task says so: as soon as the task ends, srun kills the ranks of other nodes, which would have to
+be silent about it for seconds to be sure.
 """
 
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from clm_dist.cluster.stage import staged
 from clm_dist.errors import EXIT_FAILED, EXIT_MISCONFIGURED, RunError, UserError
-from clm_dist.watch.outcome import write_outcome
+from clm_dist.watch import failure
+from clm_dist.watch.beats import Observation
+from clm_dist.watch.outcome import is_told, write_outcome
+from clm_dist.watch.watch import FOLDER
 
 PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 LOOK_EVERY = 0.2  # seconds
@@ -77,7 +85,7 @@ def run(arguments: list[str]) -> int:
     prepared = None
     if arguments[0] == "--stage":
         prepared, arguments = arguments[1], arguments[2:]
-    node = os.environ["SLURM_NODEID"]
+    node, began = os.environ["SLURM_NODEID"], time.time()
     with staged(prepared, os.environ) as environment:
         launcher = subprocess.Popen(command_of(arguments, node), env=environment)
         while True:
@@ -90,7 +98,33 @@ def run(arguments: list[str]) -> int:
         print(
             f"node {os.uname().nodename} (number {node}): the launcher ended with {code}", file=sys.stderr, flush=True
         )
+        if "train" in arguments and not is_told():
+            name_the_killed(run_folder(arguments), began)
     return code if code >= 0 else 128 - code
+
+
+def run_folder(arguments: list[str]) -> Path:
+    """Where the run of `... -m clm_dist train RECIPE ...` is."""
+    from clm_dist import recipe
+    from clm_dist.cli import parse
+
+    args = parse(arguments[arguments.index("train") :])
+    return Path(recipe.load(args.recipe, args.overrides).run_dir)
+
+
+def name_the_killed(run: Path, began: float) -> None:
+    """Makes the sudden end of a rank of this node the run's failure, if there is one and nobody has named another.
+
+    began: when the launcher did, seconds since 1970.
+    """
+    observation = Observation(run / FOLDER)
+    verdict = observation.judge(patience=math.inf)
+    if verdict is None or verdict.stuck or verdict.beat.since < began:  # of an earlier start
+        return
+    found = verdict.failure(len(observation.look()))
+    if failure.claim(run, found, began):
+        write_outcome(EXIT_FAILED)
+        print(f"clm-dist train: failed: {found.line()} ({run / failure.FAILURE})", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

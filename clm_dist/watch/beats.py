@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from clm_dist.storage import write_text
-from clm_dist.watch.failure import hostname
+from clm_dist.watch.failure import Failure, hostname
 
 # Within a step, in this order: who is behind keeps the others waiting.
 PLACES = ("data", "forward and backward", "update", "waiting for the others")
@@ -75,6 +75,12 @@ class Verdict:
     beat: Beat
     reason: str
     stuck: bool = False  # it lives, and gets no further
+
+    def failure(self, world_size: int) -> Failure:
+        """It as the failure of a run of so many ranks."""
+        beat = self.beat
+        position = (beat.phase, beat.step, self.reason, beat.stack, beat.since, time.time(), world_size)
+        return Failure(beat.rank, beat.host, beat.pid, *position)
 
 
 class Observation:

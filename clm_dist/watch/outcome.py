@@ -13,6 +13,12 @@ from clm_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 VARIABLE = "CLM_DIST_OUTCOME"
 
 
+def is_told(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a process of the run has said how it ended."""
+    name = environment.get(VARIABLE)
+    return bool(name and Path(name).is_file() and Path(name).read_text(encoding="utf-8").strip())
+
+
 def write_outcome(code: int, environment: Mapping[str, str] = os.environ) -> int:
     """Notes `code`, unless another process has already said what went wrong: who fails first is the cause.
 

@@ -140,7 +140,7 @@ class Watch:
                 time.sleep(LOOK_EVERY)
             verdict = self._observation.judge(patience=3 * BEAT_EVERY) if self._joined else None
             if verdict is not None and verdict.beat.rank != self.rank and not verdict.stuck:
-                found = self._of(verdict)
+                found = verdict.failure(self.world_size)
         return found.line() if failure.claim(self.run, found, self.began) else None
 
     def _loop(self) -> None:
@@ -210,15 +210,10 @@ class Watch:
         verdict = self._observation.judge(patience=min(0.25 * self._limit, 30))
         if verdict is None or (verdict.stuck and self.phase == "preparing" and idle < 0.85 * DOWNLOAD):
             return
-        found = self._of(verdict)
+        found = verdict.failure(self.world_size)
         assert self.run is not None
         if failure.claim(self.run, found, self.began):
             self._leave(f"failed: {found.line()}", EXIT_FAILED)
-
-    def _of(self, verdict: beats.Verdict) -> failure.Failure:
-        beat = verdict.beat
-        position = (beat.phase, beat.step, verdict.reason, beat.stack, beat.since, time.time(), self.world_size)
-        return failure.Failure(beat.rank, beat.host, beat.pid, *position)
 
     def _failure(self, rank: int, line: str, text: str) -> failure.Failure:
         position = (self.phase, self.step, line, text, self.since, time.time(), self.world_size)
