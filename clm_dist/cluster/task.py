@@ -9,6 +9,7 @@ Where a rank was killed, its task says so: as soon as the task ends, srun kills 
 be silent about it for seconds to be sure.
 """
 
+import contextlib
 import math
 import os
 import signal
@@ -17,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+from clm_dist import recipe
 from clm_dist.cluster.stage import staged
 from clm_dist.errors import EXIT_FAILED, EXIT_MISCONFIGURED, RunError, UserError
 from clm_dist.watch import failure
@@ -99,17 +101,16 @@ def run(arguments: list[str]) -> int:
             f"node {os.uname().nodename} (number {node}): the launcher ended with {code}", file=sys.stderr, flush=True
         )
         if "train" in arguments and not is_told():
-            name_the_killed(run_folder(arguments), began)
+            with contextlib.suppress(UserError):  # of the recipe: a rank has told it
+                name_the_killed(run_folder(arguments), began)
     return code if code >= 0 else 128 - code
 
 
 def run_folder(arguments: list[str]) -> Path:
     """Where the run of `... -m clm_dist train RECIPE ...` is."""
-    from clm_dist import recipe
-    from clm_dist.cli import parse
-
-    args = parse(arguments[arguments.index("train") :])
-    return Path(recipe.load(args.recipe, args.overrides).run_dir)
+    words = [word for word in arguments[arguments.index("train") + 1 :] if not word.startswith("-")]
+    path = next((word for word in words if "=" not in word), "")
+    return Path(recipe.load(path, [word for word in words if "=" in word]).run_dir)
 
 
 def name_the_killed(run: Path, began: float) -> None:
