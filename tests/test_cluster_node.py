@@ -143,25 +143,33 @@ from clm_dist.watch import beats, failure
 rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 position = (7, "training", 12, 1, "data", {since}, "its stack")
 (Path({run!r}) / ".watch").mkdir(parents=True)
-beats.write(Path({run!r}) / ".watch", beats.Beat(0, failure.hostname(), rank.pid, *position))
+for number in range({ranks}):
+    beats.write(Path({run!r}) / ".watch", beats.Beat(number, failure.hostname(), rank.pid, *position))
 rank.kill()
 sys.exit(rank.wait() != 0)
 """
 
 
 @pytest.mark.parametrize(
-    ("since", "told", "named"), [("time.time()", "", True), ("time.time()", "75\n", False), ("0", "", False)]
+    ("since", "ranks", "told", "named"),
+    [
+        ("time.time()", 1, "", True),
+        ("time.time()", 1, "75\n", False),
+        ("time.time()", 2, "", False),
+        ("0", 1, "", False),
+    ],
 )
-def test_a_rank_that_was_killed_is_named_by_its_node(tiny, since, told, named):
-    """Unless somebody has said how the run ended, or all signs of life are of an earlier start."""
+def test_a_rank_that_was_killed_is_named_by_its_node(tiny, since, ranks, told, named):
+    """Unless somebody has said how the run ended, signs of life are of an earlier start, or it may have been another one."""
     run, outcome = tiny / "run", tiny / "outcome"
     outcome.write_text(told)
-    launcher = [sys.executable, "-c", KILLED.format(run=str(run), since=since), "launch", "train"]
+    launcher = [sys.executable, "-c", KILLED.format(run=str(run), since=since, ranks=ranks)]
+    launcher += ["launch", "--num_processes", "2", "-m", "clm_dist", "train"]
     command = [sys.executable, "-m", "clm_dist.cluster.task", *launcher, str(tiny / "recipe.yaml")]
     env = {**os.environ, **JOB, "CLM_DIST_OUTCOME": str(outcome)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "the launcher ended with 1" in done.stderr
-    assert ("rank 0 of 1 on" in done.stderr) == named == (run / "failure.json").exists(), done.stderr
+    assert ("rank 0 of 2 on" in done.stderr) == named == (run / "failure.json").exists(), done.stderr
     if named:
         assert json.loads((run / "failure.json").read_text())["error"].startswith("its process is gone")
         assert outcome.read_text() == "1\n"

@@ -13,8 +13,11 @@ def test_the_page_shows_both_models():
     assert [re.search(r"model\.type=(\w+)", command).group(1) for command, _ in SHOWN] == ["gpt2", "llama"]
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize(("shown", "expected"), SHOWN, ids=["gpt2_xl", "llama_7b"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [pytest.param(*SHOWN[0], id="gpt2_xl"), pytest.param(*SHOWN[1], id="llama_7b", marks=pytest.mark.soak)],
+)
 def test_a_table_is_what_the_command_prints(command, shown, expected):
     done = command(*shown.split())
     assert done.code == 0, done.err

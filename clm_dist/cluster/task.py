@@ -5,12 +5,11 @@
 Slurm signals the task and nothing below it. The launcher would pass a signal on, wait for 30 seconds and kill; so the ranks
 are told instead, and the launcher ends as it does after any run. `--machine_rank` is added here: only a task knows it.
 
-Where a rank was killed, its task says so: as soon as the task ends, srun kills the ranks of other nodes, which would have to
-be silent about it for seconds to be sure.
+Where the rank of a node was killed, its task says so: as soon as the task ends, srun kills the ranks of other nodes, which
+would have to see it silent for seconds to be sure.
 """
 
 import contextlib
-import math
 import os
 import signal
 import subprocess
@@ -21,9 +20,8 @@ from pathlib import Path
 from clm_dist import recipe
 from clm_dist.cluster.stage import staged
 from clm_dist.errors import EXIT_FAILED, EXIT_MISCONFIGURED, RunError, UserError
-from clm_dist.watch import failure
-from clm_dist.watch.beats import Observation
-from clm_dist.watch.outcome import is_told, write_outcome
+from clm_dist.watch import beats, failure
+from clm_dist.watch.outcome import VARIABLE, is_told, write_outcome
 from clm_dist.watch.watch import FOLDER
 
 PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
@@ -75,19 +73,22 @@ class Messenger:
 def main() -> int:
     """Until the launcher ends; its exit code. What goes wrong before that is one line and the outcome of the start."""
     try:
-        return run(sys.argv[1:])
+        return launch(sys.argv[1:])
     except (UserError, RunError) as error:
         print(f"node {os.uname().nodename}: {error}", file=sys.stderr, flush=True)
         return write_outcome(EXIT_MISCONFIGURED if isinstance(error, UserError) else EXIT_FAILED)
 
 
-def run(arguments: list[str]) -> int:
+def launch(arguments: list[str]) -> int:
     """The launcher, until it ends."""
     messenger = Messenger()
     prepared = None
     if arguments[0] == "--stage":
         prepared, arguments = arguments[1], arguments[2:]
-    node, began = os.environ["SLURM_NODEID"], time.time()
+    node, began, run = os.environ["SLURM_NODEID"], time.time(), None
+    if "train" in arguments and VARIABLE in os.environ:  # now: the recipe may be edited meanwhile
+        with contextlib.suppress(UserError, OSError):  # a rank tells it
+            run = run_folder(arguments)
     with staged(prepared, os.environ) as environment:
         launcher = subprocess.Popen(command_of(arguments, node), env=environment)
         while True:
@@ -100,29 +101,32 @@ def run(arguments: list[str]) -> int:
         print(
             f"node {os.uname().nodename} (number {node}): the launcher ended with {code}", file=sys.stderr, flush=True
         )
-        if "train" in arguments and not is_told():
-            with contextlib.suppress(UserError):  # of the recipe: a rank has told it
-                name_the_killed(run_folder(arguments), began)
+        if run is not None and not is_told():
+            with contextlib.suppress(OSError):  # a full disk: what it leaves with is the launcher's code all the same
+                name_the_killed(run, began, int(arguments[arguments.index("--num_processes") + 1]))
     return code if code >= 0 else 128 - code
 
 
 def run_folder(arguments: list[str]) -> Path:
     """Where the run of `... -m clm_dist train RECIPE ...` is."""
-    words = [word for word in arguments[arguments.index("train") + 1 :] if not word.startswith("-")]
-    path = next((word for word in words if "=" not in word), "")
-    return Path(recipe.load(path, [word for word in words if "=" in word]).run_dir)
+    words = arguments[arguments.index("train") + 1 :]
+    if "--deepspeed" in words:
+        place = words.index("--deepspeed")
+        words = words[:place] + words[place + 2 :]
+    path, *overrides = [word for word in words if not word.startswith("-")] or [""]
+    return Path(recipe.load(path, overrides).run_dir)
 
 
-def name_the_killed(run: Path, began: float) -> None:
-    """Makes the sudden end of a rank of this node the run's failure, if there is one and nobody has named another.
+def name_the_killed(run: Path, began: float, world_size: int) -> None:
+    """Makes the sudden end of this node's rank the run's failure, unless another has been named.
 
+    Of several ranks of a node none is named here: the launcher ends the others, and by now all are gone.
     began: when the launcher did, seconds since 1970.
     """
-    observation = Observation(run / FOLDER)
-    verdict = observation.judge(patience=math.inf)
-    if verdict is None or verdict.stuck or verdict.beat.since < began:  # of an earlier start
+    gone = [beat for beat in beats.read(run / FOLDER).values() if beats.is_gone(beat)]
+    if len(gone) != 1 or gone[0].since < began:  # of an earlier start
         return
-    found = verdict.failure(len(observation.look()))
+    found = beats.Verdict(gone[0], beats.GONE).failure(world_size)
     if failure.claim(run, found, began):
         write_outcome(EXIT_FAILED)
         print(f"clm-dist train: failed: {found.line()} ({run / failure.FAILURE})", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from clm_dist.watch.failure import Failure, hostname
 # Within a step, in this order: who is behind keeps the others waiting.
 PLACES = ("data", "forward and backward", "update", "waiting for the others")
 WAITING = PLACES[-1]
+GONE = "its process is gone (killed, perhaps out of memory); this was its last sign of life"
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,7 @@ class Observation:
             return None
         for beat in beats.values():
             if is_gone(beat):
-                return Verdict(
-                    beat, "its process is gone (killed, perhaps out of memory); this was its last sign of life"
-                )
+                return Verdict(beat, GONE)
         for rank, beat in beats.items():
             if (seconds := self.silent_seconds(rank)) >= patience:
                 return Verdict(beat, f"no sign of life for {seconds:.0f} s (killed, stopped, or its machine hangs)")

@@ -111,7 +111,7 @@ class Start:
 
 
 def wait_for(condition, seconds: float = PATIENCE) -> bool:
-    """Whether something came to be at all: no promise is a time, and the machine may be busy."""
+    """Whether something came to be at all: what is waited for here is no promise of a time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():

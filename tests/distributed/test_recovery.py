@@ -282,7 +282,7 @@ def test_a_launcher_that_dies_of_a_signal(folder, go_on, tmp_path):
     assert compare(tmp_path / "run", folder / "reference") == []
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_mutant_a_flag_of_one_rank(folder, tmp_path):
     """Who stops when it alone was told to leaves the others in a collective without it."""
     start = Start(folder / "recipe.yaml", tmp_path / "run", 2, {"CLM_DIST_FAULT": "none:local-flag"}, FAULTY)
