@@ -61,7 +61,7 @@ def test_a_stream_is_the_same_data_set(streams):
     assert streamed.pieces("eval") == [one for one in words(documents("a", [3] * 90)) if " ".join(one[:-1]) in outside]
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_shards_of_a_stream_of_several_files(streams):
     whole = streams.prepared("some/three", "whole", STREAMING)
     texts = flat([documents(name, [3] * 30) for name in "abc"])

@@ -101,8 +101,9 @@ def launch(arguments: list[str]) -> int:
         print(
             f"node {os.uname().nodename} (number {node}): the launcher ended with {code}", file=sys.stderr, flush=True
         )
-        if run is not None and not is_told():
-            with contextlib.suppress(OSError):  # a full disk: what it leaves with is the launcher's code all the same
+        # naming changes nothing of how this ends: a disk may be full, a launcher be called without a number of processes
+        with contextlib.suppress(OSError, ValueError):
+            if run is not None and not is_told():
                 name_the_killed(run, began, int(arguments[arguments.index("--num_processes") + 1]))
     return code if code >= 0 else 128 - code
 
