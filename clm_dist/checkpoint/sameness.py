@@ -21,6 +21,7 @@ NOT_LEARNED = (
         "train.deterministic",
         "train.chunked_loss",
         "train.compile",
+        "train.cuda_graph",
     ),
     "train.profile_steps",
 )

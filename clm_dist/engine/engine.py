@@ -1,7 +1,7 @@
 """What the loop needs of whatever holds weights, gradients and optimizer states. The loop does not know which it has."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from clm_dist.checkpoint.content import Tensors
 from clm_dist.checkpoint.saved import Saved
+from clm_dist.config import TrainConfig
 from clm_dist.model.objective import Objective
 
 
@@ -54,6 +55,15 @@ class Engine(ABC):
     def backward(self, loss: torch.Tensor) -> None:
         """Adds to the gradients. loss: (); the mean over ranks is what is differentiated."""
 
+    def learn(
+        self, inputs: Mapping[str, torch.Tensor], scored: torch.Tensor | None, weight: float | torch.Tensor
+    ) -> torch.Tensor:
+        """One forward and backward, within `micro_step`: adds to the gradients. Returns the summed nats of the batch, (),
+        which the next call may overwrite. weight: of a nat in what is differentiated. Every rank must call this."""
+        nll = self.objective.summed(self.model, inputs, scored)
+        self.backward(nll * weight)
+        return nll.detach()
+
     @abstractmethod
     def gradient_norm(self) -> torch.Tensor:
         """The norm over all gradients of the step, before clipping, (); infinite where one is no finite number. Once a
@@ -75,6 +85,10 @@ class Engine(ABC):
 
     def settle(self, micro_batch_size: int, block_size: int) -> None:  # noqa: B027
         """Whatever would make the first step of a start another than the same step of a run that went on."""
+
+    def capture(self, train: TrainConfig, micro_batch_size: int, block_size: int, accumulates: bool) -> str | None:
+        """Has `learn` launched by one call where that is faster; what to say of it. After `settle`."""
+        return None
 
     @abstractmethod
     def held(self) -> dict[str, Tensors]:

@@ -1,6 +1,6 @@
 """Every rank holds all of it: DistributedDataParallel (Li et al., arXiv:2006.15704), or one process."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from clm_dist.checkpoint import content
 from clm_dist.checkpoint.content import Tensors
 from clm_dist.checkpoint.saved import Saved
+from clm_dist.config import TrainConfig
+from clm_dist.engine.captured import Captured, NotCapturedError, why_not
 from clm_dist.engine.engine import Engine
 from clm_dist.errors import UserError
 
@@ -30,6 +32,7 @@ class Replicated(Engine):
             )
         self._max_norm = max_norm or float("inf")
         self.name = "DDP" if accelerator.num_processes > 1 else "one process"
+        self._captured: Captured | None = None
 
     @property
     def plain(self) -> Any:
@@ -45,6 +48,13 @@ class Replicated(Engine):
 
     def backward(self, loss: torch.Tensor) -> None:
         self.accelerator.backward(loss)
+
+    def learn(
+        self, inputs: Mapping[str, torch.Tensor], scored: torch.Tensor | None, weight: float | torch.Tensor
+    ) -> torch.Tensor:
+        if self._captured is None:
+            return super().learn(inputs, scored, weight)
+        return self._captured(inputs["input_ids"], scored, float(weight))
 
     def gradient_norm(self) -> torch.Tensor:
         norm: torch.Tensor = self.accelerator.clip_grad_norm_(self.model.parameters(), self._max_norm)
@@ -87,6 +97,24 @@ class Replicated(Engine):
             ids = torch.zeros(micro_batch_size, block_size, dtype=torch.int64, device=self.accelerator.device)
             self.objective.summed(self.model, {"input_ids": ids}).backward()
             self.model.zero_grad()
+
+    def capture(self, train: TrainConfig, micro_batch_size: int, block_size: int, accumulates: bool) -> str | None:
+        accelerator = self.accelerator
+        if train.cuda_graph == "off" or accelerator.device.type != "cuda":
+            return None
+        alone = not isinstance(self.model, DistributedDataParallel)
+        why = why_not(train, alone, accelerator.mixed_precision)
+        if why is None:
+            self.model.train()
+            shape = micro_batch_size, block_size
+            try:
+                self._captured = Captured(self._launch, self.model.parameters(), shape, accelerator.device, accumulates)
+            except NotCapturedError as error:
+                why = str(error)
+        return "a micro-step is one CUDA graph" if why is None else f"train.cuda_graph=auto is off: {why}"
+
+    def _launch(self, ids: torch.Tensor, scored: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return super().learn({"input_ids": ids}, scored, weight)
 
     def held(self) -> dict[str, Tensors]:
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes

@@ -141,6 +141,10 @@ def _add_product(total: torch.Tensor, d_logits: torch.Tensor, x: torch.Tensor) -
     """total += d_logits.T @ x, in fp32 over the chunks."""
     if d_logits.dtype == torch.float32:
         total.addmm_(d_logits.T, x)
+    elif d_logits.is_cuda and hasattr(
+        torch.ops.aten.addmm, "dtype_out"
+    ):  # torch 2.8: nothing is rounded between chunks
+        torch.ops.aten.addmm.dtype_out(total, d_logits.T, x, torch.float32, out=total)
     else:
         total += d_logits.T @ x
 

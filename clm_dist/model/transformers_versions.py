@@ -37,11 +37,14 @@ def rope_field() -> str:
 
 
 @contextmanager
-def one_document_a_row(certain: bool) -> Iterator[None]:
-    """Within, 5 does not look at positions whether several documents share a row, if it is `certain` that none do: the
-    look is one of a CPU at a GPU in every forward pass, which waits for all that was launched before."""
+def without_looking_at_batches(one_document_a_row: bool) -> Iterator[None]:
+    """Within, ids are not looked at for padding, to warn of it, nor by 5 positions, whether several documents share a row,
+    where none do: each is a look of the CPU at a GPU in every forward pass, which waits for all that was launched before."""
+    from transformers import PreTrainedModel
+
     with ExitStack() as stack:
-        if certain and MAJOR >= 5:
+        stack.enter_context(patch.object(PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda *_: None))
+        if one_document_a_row and MAJOR >= 5:
             for target, name, instead in _lookers():
                 stack.enter_context(patch.object(target, name, instead))
         yield

@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Observer:
         job: Job,
         engine: Engine,
         keeper: Keeper,
-        told: str | None = None,
+        told: Iterable[str | None] = (),
     ) -> None:
         self.accelerator = accelerator
         self.config = config
@@ -52,7 +53,7 @@ class Observer:
         self.meter = Meter(job.plan)
         self.folder = Path(config.run_dir)
         self.facts: dict[str, Any] = {"engine": engine.name}  # of the model
-        self._told = told  # what else to say of it at the beginning
+        self._told = [line for line in told if line is not None]  # what else to say of it at the beginning
         steps = config.train.profile_steps if accelerator.is_main_process else None
         self.profiler = Profiler(steps, self.folder)
         self.metrics: MetricsFile | None = None  # these two on the main process
@@ -85,8 +86,8 @@ class Observer:
         if self.config.model.pad_vocab_to_multiple_of:
             rows = plain.config.get_text_config().vocab_size
             self.say(f"embedding of {rows:,} rows for {self.job.manifest.vocab_size:,} tokens")
-        if self._told is not None:
-            self.say(self._told)
+        for line in self._told:
+            self.say(line)
         if (why := self.engine.objective.why) is not None:
             self.say(f"logits are computed whole, not by chunks: {why}")
         self.say(str(self.plan))

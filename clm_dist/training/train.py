@@ -17,7 +17,7 @@ from clm_dist.model.build import build_model
 from clm_dist.model.checkpointing import checkpoint_activations
 from clm_dist.model.compiled import compile_if_asked
 from clm_dist.model.configuration import idle_experts
-from clm_dist.model.transformers_versions import one_document_a_row
+from clm_dist.model.transformers_versions import without_looking_at_batches
 from clm_dist.training import run_folder
 from clm_dist.training.batches import Batch, Batches
 from clm_dist.training.determinism import same_bits
@@ -54,21 +54,29 @@ def train(config: Config, overwrite: bool = False, watch: Watch | None = None, o
         objective = prove(
             config, model, config.model.called, accelerator.device, stays=job.sharding.kind == "replicated"
         )
-        told = compile_if_asked(config.train, model, accelerator.device.type, job.sharding.kind)
+        told = [compile_if_asked(config.train, model, accelerator.device.type, job.sharding.kind)]
         optimizer = make_optimizer(model, config.optim)
         clip, given = config.optim.max_grad_norm, lora.given(model)
         engine = make_engine(job.sharding.kind, accelerator, model, optimizer, clip, objective, given)
         check_live(job.sharding, engine, config)
         keeper = Keeper(accelerator, config, job, engine, watch, base)
         keeper.restore()
-        engine.settle(plan.micro_batch_size, plan.block_size)
-        observer = Observer(accelerator, config, job, engine, keeper, told)
-        observer.begin()
-        with one_document_a_row(certain=not config.train.isolate_documents):
+        with without_looking_at_batches(one_document_a_row=not config.train.isolate_documents):
+            told += settle(config, plan, engine)
+            observer = Observer(accelerator, config, job, engine, keeper, told)
+            observer.begin()
             loop(config, job, engine, keeper, observer)
         keeper.end(close=observer.close)
         observer.end()
         finish(accelerator)
+
+
+def settle(config: Config, plan: Plan, engine: Engine) -> list[str | None]:
+    """What a start does before its first step, and what to say of it. Every rank must call this."""
+    size = plan.micro_batch_size, plan.block_size
+    with same_bits(config.train.deterministic):
+        engine.settle(*size)
+        return [engine.capture(config.train, *size, accumulates=plan.gradient_accumulation_steps > 1)]
 
 
 def loop(config: Config, job: Job, engine: Engine, keeper: Keeper, observer: Observer) -> None:
@@ -120,10 +128,8 @@ def accumulate(
         last = micro_step == plan.gradient_accumulation_steps - 1
         with engine.micro_step(last), same_bits(config.train.deterministic):
             torch.manual_seed(dropout_seed(config.seed, step, micro_step, plan, rank))
-            nll = engine.objective.summed(engine.model, batch.inputs(), batch.scored)
             # ranks are averaged over; we want the sum over the tokens of all of them
-            engine.backward(nll * (plan.world_size / scored_tokens))
-        step_nll += nll.detach()
+            step_nll += engine.learn(batch.inputs(), batch.scored, plan.world_size / scored_tokens)
     return step_nll, scored_tokens
 
 
