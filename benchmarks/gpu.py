@@ -1,6 +1,6 @@
 """Every engine, precision and estimate on one GPU: what is tested on CPUs, on the hardware it is meant for.
 
-    python benchmarks/gpu.py [--parts engines precision resume check memory job] [--output FILE]
+    python benchmarks/gpu.py [--parts engines precision resume check memory job] [--engines plain ddp ...] [--output FILE]
 
 Each run is a command as a user gives it (`accelerate launch --config_file ... -m clm_dist train`) on real ELI5 answers, with
 one process. Those that are not timed share the GPU, six at a time. A run that fails is a row of the table, with the last
@@ -24,7 +24,8 @@ from launched import Bench, together
 
 ENGINES = ["plain", "ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2"]  # accelerate_configs/
 GIB = 2**30
-WAYS = list(product(("ddp", "zero2", "zero3", "fsdp2"), ("no", "bf16")))  # engine, mixed_precision
+SAID = {"compiled blocks": "blocks are compiled", "CUDA graph": "one CUDA graph"}  # by a run that uses them
+WAYS = list(product(("plain", "ddp", "zero2", "zero3", "fsdp2"), ("no", "bf16")))  # engine, mixed_precision
 MEMORY = [  # model, engine, activation checkpointing, deterministic kernels
     ("DistilGPT2", "plain", False, True),
     ("GPT-2", "plain", False, True),
@@ -88,16 +89,17 @@ def resume(bench: Bench) -> str:
         engine, how = case
         train, saved = {"mixed_precision": how, "max_steps": 20}, {"save_every": 10}
         straight = bench.recipe(f"straight-{engine}-{how}", "DistilGPT2", train=train, checkpoint=saved)
-        bench.clm_dist("train", straight, engine=engine)
+        told = bench.clm_dist("train", straight, engine=engine)
         checkpoint = sorted((bench.folder / straight.stem / "checkpoints").glob("*10"))[0]
         again = bench.recipe(f"again-{engine}-{how}", "DistilGPT2", train={**train, "resume": str(checkpoint)})
         bench.clm_dist("train", again, engine=engine)
         losses = [[row["train/loss"] for row in bench.rows(one)][-10:] for one in (straight, again)]
         same = bench.weights(straight) == bench.weights(again)
-        return [engine, how, str(losses[0] == losses[1]), str(same)]
+        parts = [what for what, line in SAID.items() if line in told]
+        return [engine, how, ", ".join(parts) or "neither", str(losses[0] == losses[1]), str(same)]
 
-    head = "engine | mixed_precision | losses of steps 11 to 20 equal | weights equal, byte for byte"
-    return table("Resumed", head, together(WAYS, run))
+    head = "engine | mixed_precision | in use | losses of steps 11 to 20 equal | weights equal, byte for byte"
+    return table("Resumed", head, together(bench.ways, run))
 
 
 def check(bench: Bench) -> str:
@@ -111,7 +113,7 @@ def check(bench: Bench) -> str:
         told = bench.clm_dist("check", recipe, engine=engine).strip().splitlines()
         return [engine, how, told[-1]]
 
-    return table("`clm-dist check`", "engine | mixed_precision | last line", together(WAYS, run))
+    return table("`clm-dist check`", "engine | mixed_precision | last line", together(bench.ways, run))
 
 
 def memory(bench: Bench) -> str:
@@ -180,6 +182,7 @@ def main() -> None:
     """Runs the parts; prints and writes each as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--engines", nargs="+", help="of resume and check; all by default")
     parser.add_argument("--output", type=Path, help="Markdown file")
     parser.add_argument("--keep", type=Path, help="folder for the runs, instead of a temporary one")
     parser.add_argument("--tiny", action="store_true", help="small models and blocks, to try the script on a CPU")
@@ -187,6 +190,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         bench = Bench(asked.keep or Path(folder), asked.tiny)
         bench.folder.mkdir(parents=True, exist_ok=True)
+        bench.ways = [way for way in WAYS if way[0] in (asked.engines or ENGINES)]
         text = f"# One GPU\n\n{facts('benchmarks/gpu.py --parts ' + ' '.join(asked.parts))}\n{device()}\n"
         for part in asked.parts:
             try:

@@ -32,6 +32,7 @@ class Replicated(Engine):
             )
         self._max_norm = max_norm or float("inf")
         self.name = "DDP" if accelerator.num_processes > 1 else "one process"
+        self._parameters = list(prepared.parameters())  # walking over all modules takes longer than clipping
         self._captured: Captured | None = None
 
     @property
@@ -57,7 +58,7 @@ class Replicated(Engine):
         return self._captured(inputs["input_ids"], scored, float(weight))
 
     def gradient_norm(self) -> torch.Tensor:
-        norm: torch.Tensor = self.accelerator.clip_grad_norm_(self.model.parameters(), self._max_norm)
+        norm: torch.Tensor = self.accelerator.clip_grad_norm_(self._parameters, self._max_norm)
         return norm
 
     def step(self, update: bool) -> None:
@@ -108,7 +109,7 @@ class Replicated(Engine):
             self.model.train()
             shape = micro_batch_size, block_size
             try:
-                self._captured = Captured(self._launch, self.model.parameters(), shape, accelerator.device, accumulates)
+                self._captured = Captured(self._launch, self._parameters, shape, accelerator.device, accumulates)
             except NotCapturedError as error:
                 why = str(error)
         return "a micro-step is one CUDA graph" if why is None else f"train.cuda_graph=auto is off: {why}"

@@ -95,6 +95,7 @@ def loop(config: Config, job: Job, engine: Engine, keeper: Keeper, observer: Obs
         grad_norm = engine.gradient_norm()
         sums = keeper.sum_up(step_nll, grad_norm, batches)
         ahead = keeper.update_ahead(sums)
+        prefetch(config, job, engine, batches, state.cursor + plan.global_batch_size)
         verdict = keeper.verdict(sums, step_nll, batches, scored_tokens)
         if not ahead:
             engine.step(update=verdict == "update")
@@ -131,6 +132,13 @@ def accumulate(
             # ranks are averaged over; we want the sum over the tokens of all of them
             step_nll += engine.learn(batch.inputs(), batch.scored, plan.world_size / scored_tokens)
     return step_nll, scored_tokens
+
+
+def prefetch(config: Config, job: Job, engine: Engine, batches: Batches, cursor: int) -> None:
+    """The first micro-batch of the step that begins at `cursor`, while a GPU has an update to do."""
+    plan, rank = job.plan, engine.accelerator.process_index
+    blocks = blocks_at(cursor, plan.global_batch_size, plan.num_blocks, config.seed)
+    batches.prefetch(micro_batches(blocks, rank, plan.world_size, plan.micro_batch_size)[0])
 
 
 def window(batches: Batches, blocks: np.ndarray, plan: Plan, rank: int, watch: Watch) -> Iterator[Batch]:
