@@ -9,7 +9,9 @@ line that it printed. Without a GPU the same commands run on the CPU (`--tiny`: 
 
 import argparse
 import json
+import shlex
 import shutil
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -191,7 +193,7 @@ def main() -> None:
         bench = Bench(asked.keep or Path(folder), asked.tiny)
         bench.folder.mkdir(parents=True, exist_ok=True)
         bench.ways = [way for way in WAYS if way[0] in (asked.engines or ENGINES)]
-        text = f"# One GPU\n\n{facts('benchmarks/gpu.py --parts ' + ' '.join(asked.parts))}\n{device()}\n"
+        text = f"# One GPU\n\n{facts(shlex.join(['benchmarks/gpu.py', *sys.argv[1:]]))}\n{device()}\n"
         for part in asked.parts:
             try:
                 text += PARTS[part](bench)

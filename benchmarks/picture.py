@@ -1,6 +1,6 @@
 """The picture of the README from what speed.py measured: speed and memory beside peers, ours is 1.
 
-python benchmarks/picture.py RESULTS.md [RESULTS.md ...] --output docs/images/speed.svg
+python benchmarks/picture.py RESULTS.md [RESULTS.md ...] [--leave-out TITLE ...] --output docs/images/speed.svg
 """
 
 import argparse
@@ -55,11 +55,13 @@ def draw(cases: dict[str, Case]) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.md")
+    parser.add_argument("--leave-out", nargs="+", default=[], metavar="TITLE", help="cases that were measured anew since")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE")
     args = parser.parse_args()
     cases: dict[str, Case] = {}
     for path in args.results:
         cases |= read(path.read_text())
+    cases = {title: case for title, case in cases.items() if title.partition("\n")[0] not in args.leave_out}
     # the same bytes every time, and words as words
     with rc_context({"svg.hashsalt": "clm-dist", "svg.fonttype": "none"}):
         draw(cases).savefig(args.output, metadata={"Date": None})

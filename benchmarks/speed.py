@@ -98,6 +98,8 @@ def execute(command: list) -> str:
 
 def ours(path: str, *overrides: str) -> dict[str, float]:
     """`clm-dist train`, and its own figures. overrides: what is taken away, to see what it was worth."""
+    import torch
+
     from clm_dist import cli
 
     if code := cli.main(["train", path, *overrides, "--overwrite"]):
@@ -106,7 +108,8 @@ def ours(path: str, *overrides: str) -> dict[str, float]:
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     rows = [row for row in rows if "train/loss" in row]
     tokens, seconds = (rows[-1][key] - rows[0][key] for key in ("train/tokens_seen", "time"))
-    return {"tokens/s": tokens / seconds, "loss": rows[-1]["train/loss"]}
+    figures = {"tokens/s": tokens / seconds, "loss": rows[-1]["train/loss"]}
+    return figures | ({"memory": rows[-1]["perf/peak_memory_gib"]} if torch.cuda.is_available() else {})
 
 
 def work(side: str, path: str, output: str) -> None:
@@ -121,7 +124,7 @@ def work(side: str, path: str, output: str) -> None:
 
         found = getattr(peers, side.replace("-", "_").lower())(json.loads(Path(path).read_text()))
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    found["memory"] = (peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30
+    found.setdefault("memory", (peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30)
     Path(output).write_text(json.dumps({**found, "seconds": time.perf_counter() - began}))
     sys.stdout.flush()
     os._exit(0)

@@ -38,6 +38,9 @@ def test_medians_beside_ours_are_read():
     }
 
 
+OLD = "GPT-2, 8 x 1,024, bf16"  # before micro-steps were recorded
+
+
 def test_a_bar_for_each_that_was_measured():
     speed, memory = draw(read(RESULTS)).axes
     for axes, expected in ((speed, ["1.00", "0.72", "", "0.59"]), (memory, ["1.00", "2.53", "", "2.93"])):
@@ -50,8 +53,9 @@ def test_the_readme_shows_what_the_results_say():
     picture = (ROOT / "docs" / "images" / "speed.svg").read_text(encoding="utf-8")
     shown = re.findall(r">(\d\.\d\d)</text>", picture)
     cases = {}
-    for name in ("2026-11-26-speed-cpu.md", "2026-11-26-speed-gpu.md"):
+    for name in ("2026-11-26-speed-cpu.md", "2026-11-27-speed-gpu.md", "2026-11-26-speed-gpu.md"):
         cases |= read((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
+    cases = {title: case for title, case in cases.items() if not title.startswith(OLD)}
     bars = [f"{case[side][key]:.2f}" for key in PANELS for side in SIDES for case in cases.values() if side in case]
     assert not Counter(bars) - Counter(shown)
     assert all(title.split("\n")[0] in picture for title in cases)

@@ -60,6 +60,7 @@ class Captured:
         self._scored = torch.ones(shape[0], shape[1] - 1, dtype=torch.bool, device=device)
         self._weight = torch.ones((), device=device)
         record = record or self._recorder()
+        before = _kept()
         try:
             self._first = record(self._once)
             self._gradients = [one.grad for one in self._parameters]
@@ -67,6 +68,7 @@ class Captured:
             self._further = record(self._once) if accumulates else None
         finally:
             self._forget()
+        self.held = _kept() - before  # bytes to compute in: nobody else gets them, and no allocation counts them
 
     def __call__(self, input_ids: torch.Tensor, scored: torch.Tensor | None, weight: float) -> torch.Tensor:
         """Summed nats of a batch, (), overwritten by the next call; adds to the gradients, or makes them where there are
@@ -135,3 +137,8 @@ class Captured:
         torch.cuda.synchronize()
         if launched < BUSY * (time.perf_counter() - began):
             raise NotCapturedError("the GPU has enough to do with what the CPU launches")
+
+
+def _kept() -> int:
+    """Bytes of the GPU that torch keeps without holding anything in them."""
+    return torch.cuda.memory_reserved() - torch.cuda.memory_allocated() if torch.cuda.is_available() else 0

@@ -20,6 +20,7 @@ class Engine(ABC):
     name: str  # for the screen
     objective: Objective  # what of the model is learned
     given: frozenset[str] = frozenset()  # names of weights that no checkpoint holds: every start has them, frozen
+    recorded = 0  # bytes of the GPU that are in use and that no allocation counts
     sharded = False  # whether a forward pass is collective: every rank must then make as many as any other
 
     def __init__(self, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

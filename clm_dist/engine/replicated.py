@@ -110,6 +110,8 @@ class Replicated(Engine):
             shape = micro_batch_size, block_size
             try:
                 self._captured = Captured(self._launch, self._parameters, shape, accelerator.device, accumulates)
+                self.recorded = self._captured.held
+                torch.cuda.reset_peak_memory_stats()  # what it took to record is counted by `recorded` from here on
             except NotCapturedError as error:
                 why = str(error)
         return "a micro-step is one CUDA graph" if why is None else f"train.cuda_graph=auto is off: {why}"

@@ -31,8 +31,9 @@ PEAK_TFLOPS = {
 class Meter:
     """The clock of training. The sums it reads are the state's, so that a resumed run shows what any run would."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, recorded: int = 0) -> None:
         self.plan = plan
+        self.recorded = recorded  # bytes of the GPU beside those of allocations
         self.flops_per_token = self.peak_flops = 0.0  # 0: not known
         self.steps = 0  # of this process, since the last line
         self.window_seconds = self.data_seconds = 0.0
@@ -69,7 +70,7 @@ class Meter:
             "perf/tokens_per_second": steps * self.plan.tokens_per_step / seconds,
             "perf/seconds_per_step": seconds / steps,
             "perf/data_wait_share": self.data_seconds / seconds,
-            "perf/peak_memory_gib": peak_memory() / 2**30,
+            "perf/peak_memory_gib": (peak_memory() + self.recorded) / 2**30,
             **self._mfu(steps * self.plan.tokens_per_step / seconds),
         }
         state.nll, state.tokens, state.steps = 0.0, 0, 0

@@ -50,7 +50,7 @@ class Observer:
         self.plan = job.plan
         self.engine = engine
         self.keeper, self.state, self.watch = keeper, keeper.state, keeper.watch
-        self.meter = Meter(job.plan)
+        self.meter = Meter(job.plan, engine.recorded)
         self.folder = Path(config.run_dir)
         self.facts: dict[str, Any] = {"engine": engine.name}  # of the model
         self._told = [line for line in told if line is not None]  # what else to say of it at the beginning
