@@ -67,11 +67,9 @@ def launch(
 ):
     """The same through `accelerate launch` with so many processes: the users' own way. config: of accelerate_configs/.
 
-    `script` runs instead of `-m clm_dist`. OMP_NUM_THREADS=1 everywhere, since the sums inside a matrix product
-    depend on the number of threads.
+    `script` runs instead of `-m clm_dist`.
     """
     program = [str(script)] if script else ["-m", "clm_dist"]
-    env = {"OMP_NUM_THREADS": "1", **(env or {})}
     return execute(launch_command(processes, [*program, *map(str, arguments)], config), env=env)
 
 
@@ -89,7 +87,9 @@ def execute(
 ) -> Result:
     """Runs a process to its end, with a clean environment of launcher variables."""
     inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment = {**inherited, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", **(env or {})}
+    # one thread, since the sums inside a matrix product depend on their number
+    default = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**inherited, **default, **(env or {})}
     done = subprocess.run(
         command, cwd=cwd or ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
