@@ -55,7 +55,9 @@ def draw(cases: dict[str, Case]) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.md")
-    parser.add_argument("--leave-out", nargs="+", default=[], metavar="TITLE", help="cases that were measured anew since")
+    parser.add_argument(
+        "--leave-out", nargs="+", default=[], metavar="TITLE", help="cases that were measured anew since"
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="FILE")
     args = parser.parse_args()
     cases: dict[str, Case] = {}

@@ -98,12 +98,12 @@ def execute(command: list) -> str:
 
 def ours(path: str, *overrides: str) -> dict[str, float]:
     """`clm-dist train`, and its own figures. overrides: what is taken away, to see what it was worth."""
-    import torch
-
     from clm_dist import cli
 
     if code := cli.main(["train", path, *overrides, "--overwrite"]):
         sys.exit(code)
+    import torch
+
     metrics = Path(json.loads(Path(path).read_text())["run_dir"]) / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     rows = [row for row in rows if "train/loss" in row]
@@ -114,8 +114,6 @@ def ours(path: str, *overrides: str) -> dict[str, float]:
 
 def work(side: str, path: str, output: str) -> None:
     """One process: measures, and leaves."""
-    import torch
-
     began = time.perf_counter()
     if side.startswith("clm-dist"):
         found = ours(path, *side.split()[1:])
@@ -123,6 +121,8 @@ def work(side: str, path: str, output: str) -> None:
         import peers
 
         found = getattr(peers, side.replace("-", "_").lower())(json.loads(Path(path).read_text()))
+    import torch
+
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     found.setdefault("memory", (peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30)
     Path(output).write_text(json.dumps({**found, "seconds": time.perf_counter() - began}))
