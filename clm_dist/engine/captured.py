@@ -9,6 +9,7 @@ Legend: B micro_batch_size, T block_size.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -122,7 +123,9 @@ class Captured:
         """Compiles what is compiled, looks whether anything waits for the GPU, and whether the GPU waits for the CPU."""
         for mode in ("default", "error", "default"):
             torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode(mode)
+            with warnings.catch_warnings():  # that the mode is a prototype which does not see everything
+                warnings.filterwarnings("ignore", message="Synchronization debug mode")
+                torch.cuda.set_sync_debug_mode(mode)
             began = time.perf_counter()
             try:
                 self._once()
