@@ -95,7 +95,8 @@ def loop(config: Config, job: Job, engine: Engine, keeper: Keeper, observer: Obs
         grad_norm = engine.gradient_norm()
         sums = keeper.sum_up(step_nll, grad_norm, batches)
         ahead = keeper.update_ahead(sums)
-        prefetch(config, job, engine, batches, state.cursor + plan.global_batch_size)
+        if state.step + 1 < plan.max_steps:
+            prefetch(config, job, engine, batches, state.cursor + plan.global_batch_size)
         verdict = keeper.verdict(sums, step_nll, batches, scored_tokens)
         if not ahead:
             engine.step(update=verdict == "update")
