@@ -6,17 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clm_dist.model import chunks
-from clm_dist.model.chunks import IGNORED, Output, each_nll, summed_nll
+from clm_dist.model import chunks, kernels
+from clm_dist.model.chunks import Output, each_nll, summed_nll
+from clm_dist.model.kernels import IGNORED
 
-KERNELS = {"cpu": chunks._in_place, "gpu": chunks._by_formula}
+KERNELS = {"cpu": kernels.in_slices, "gpu": kernels.at_once(kernels.by_formula)}
 MAPS = {"plain": (1.0, None), "scaled": (0.25, None), "capped": (1.0, 3.0)}
 
 
 @pytest.fixture(params=KERNELS)
 def kernel(request, monkeypatch):
-    """Both ways to compute a chunk, of which there are several, the last one shorter."""
-    monkeypatch.setattr(chunks, "_kernel", lambda device: KERNELS[request.param])
+    """Both ways to compute a chunk, of which there are several, the last one shorter; so of the slices of words."""
+    monkeypatch.setattr(chunks, "_learner", lambda device: KERNELS[request.param])
+    monkeypatch.setattr(kernels, "WIDTH", 30)
     monkeypatch.setattr(chunks, "ELEMENTS_ON_CPU", 101 * 16)
 
 

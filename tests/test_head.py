@@ -126,17 +126,9 @@ def test_a_scale_is_found():
 
 
 def test_a_wrong_head_is_found_out(monkeypatch):
-    """The proof is no formality: a kernel that is a thousandth off is not used."""
-    right = chunks._kernel
-
-    def wrong(device):
-        def kernel(*arguments):
-            nll, gradient = right(device)(*arguments)
-            return nll * 1.001, gradient
-
-        return kernel
-
-    monkeypatch.setattr(chunks, "_kernel", wrong)
+    """The proof is no formality: a loss that is a thousandth off is not used."""
+    right = chunks._learner
+    monkeypatch.setattr(chunks, "_learner", lambda device: lambda *arguments: right(device)(*arguments) * 1.001)
     objective = find_objective(tiny("gpt2"))
     assert objective.head is None and "its loss by chunks is" in objective.why
 

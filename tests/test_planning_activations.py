@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from clm_dist.errors import UserError
 from clm_dist.model import chunks
 from clm_dist.model.checkpointing import checkpoint_activations
+from clm_dist.model.kernels import at_once
 from clm_dist.model.transformers_versions import MAJOR
 from clm_dist.planning.activations import (
     GpuAutocast,
@@ -30,7 +31,7 @@ def small_chunks(monkeypatch):
     """Several chunks of the loss here too, by the tensors that a GPU takes for them."""
     for place in ("ELEMENTS_ON_CPU", "ELEMENTS_ON_GPU"):
         monkeypatch.setattr(chunks, place, 100 * 64)
-    monkeypatch.setattr(chunks, "_kernel", lambda _: gpu_kernel)
+    monkeypatch.setattr(chunks, "_learner", lambda _: at_once(gpu_kernel))
 
 
 def without_dropout(name):

@@ -7,7 +7,7 @@ cross-entropy: Wijmans et al., arXiv:2411.09009; Hsu et al., arXiv:2410.10989), 
 Legend: N tokens, d width, V vocabulary, n tokens of a chunk.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,14 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from clm_dist.model.compiled import can_compile
+from clm_dist.model.kernels import IGNORED, Gradients, Layer, Learner, at_once, by_formula, in_slices
 
-IGNORED = -100  # cross_entropy's own default for a target that does not count
 # Logits of a chunk. On a CPU larger ones leave its cache, on smaller ones matrix products lose their speed.
 ELEMENTS_ON_CPU, ELEMENTS_ON_GPU = 2**24, 2**27
 ALIGNMENT = 64  # rows; with GPT-2's 50,257 as they are an H100 multiplies 4.5 times as slowly (docs/performance.md)
-
-# logits (n, V'), targets (n,), scale, cap, V -> nats (n,), their gradients by the logits (n, V')
-Kernel = Callable[[torch.Tensor, torch.Tensor, float, float | None, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -74,23 +71,18 @@ class _SummedNll(torch.autograd.Function):
     ) -> torch.Tensor:
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
         matrix, added = _matrix(weight, bias, hidden)
-        kernel = _kernel(hidden.device.type)
+        layer = Layer(matrix, added, scale, cap, len(weight))
+        learn = _learner(hidden.device.type)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if of_hidden else None
+        d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if of_hidden else None
         d_matrix = torch.zeros(matrix.shape, dtype=torch.float32, device=hidden.device) if of_weight else None
         d_bias = torch.zeros(len(weight), dtype=torch.float32, device=hidden.device) if of_bias else None
         for rows in _chunks(len(hidden), len(matrix), hidden.device):
-            x = hidden[rows].to(matrix.dtype)
-            nll, d_logits = kernel(_logits(x, matrix, added), targets[rows], scale, cap, len(weight))
-            total += nll.double().sum()
-            if d_hidden is not None:
-                d_hidden[rows] = d_logits @ matrix
-            if d_matrix is not None:
-                _add_product(d_matrix, d_logits, x)
-            if d_bias is not None:
-                d_bias += d_logits[:, : len(weight)].float().sum(0)
-            del d_logits  # before the next chunk is made
-        ctx.save_for_backward(d_hidden, None if d_matrix is None else d_matrix[: len(weight)], d_bias)
+            gradients = Gradients(None if d_hidden is None else d_hidden[rows], d_matrix, d_bias)
+            total += learn(hidden[rows].to(matrix.dtype), targets[rows], layer, gradients).double().sum()
+        if d_matrix is not None:  # no view: autograd then adds to it in place what a tied embedding's gradient is
+            d_matrix.resize_(weight.shape)
+        ctx.save_for_backward(d_hidden, d_matrix, d_bias)
         ctx.types = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return total.float()
 
@@ -137,71 +129,8 @@ def _mapped(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tens
     return logits if scale == 1 else logits * scale
 
 
-def _add_product(total: torch.Tensor, d_logits: torch.Tensor, x: torch.Tensor) -> None:
-    """total += d_logits.T @ x, in fp32 over the chunks."""
-    if d_logits.dtype == torch.float32:
-        total.addmm_(d_logits.T, x)
-    elif d_logits.is_cuda and hasattr(
-        torch.ops.aten.addmm, "dtype_out"
-    ):  # torch 2.8: nothing is rounded between chunks
-        torch.ops.aten.addmm.dtype_out(total, d_logits.T, x, torch.float32, out=total)
-    else:
-        total += d_logits.T @ x
-
-
 @cache
-def _kernel(device: str) -> Kernel:
-    """What makes nats and gradients of a chunk's logits: one pass over them, and one to write."""
+def _learner(device: str) -> Learner:
     if device == "cpu":
-        return _in_place
-    return torch.compile(_by_formula) if can_compile() else _by_formula
-
-
-def _in_place(
-    logits: torch.Tensor, targets: torch.Tensor, scale: float, cap: float | None, vocabulary: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """On a CPU, where every pass over a chunk counts: torch's softmax is the one that reads and writes it."""
-    kind, rows = logits.dtype, torch.arange(len(logits))
-    slope: torch.Tensor | float = scale
-    logits = logits.float()
-    if cap is not None:
-        logits.div_(cap).tanh_()
-        slope = 1 - logits.square()
-        logits.mul_(cap)
-    elif scale != 1:
-        logits.mul_(scale)
-    counts = targets != IGNORED
-    targets = torch.where(counts, targets, 0)
-    given = logits[rows, targets]
-    largest = logits.amax(-1)
-    torch.softmax(logits, -1, out=logits)
-    # by the largest probability, whose log is exact: a target's own may be 0
-    nll = torch.where(counts, largest - logits.amax(-1).log() - given, 0.0)
-    logits[rows, targets] -= 1
-    if not counts.all():
-        logits.mul_(counts[:, None])
-    if cap is not None or scale != 1:
-        logits.mul_(slope)
-    return nll, logits.to(kind)
-
-
-def _by_formula(
-    logits: torch.Tensor, targets: torch.Tensor, scale: float, cap: float | None, vocabulary: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """For the compiler, which makes two passes of it."""
-    z = logits.float()
-    columns = torch.arange(logits.shape[-1], device=logits.device)
-    slope: torch.Tensor | float = scale
-    if cap is not None:
-        bent = torch.tanh(z / cap)
-        z, slope = cap * bent, 1 - bent * bent
-    else:
-        z = z * scale
-    z = torch.where(columns < vocabulary, z, float("-inf"))
-    counts = targets != IGNORED
-    targets = torch.where(counts, targets, 0)
-    lse = z.logsumexp(-1)
-    nll = torch.where(counts, lse - z.gather(1, targets[:, None])[:, 0], 0.0)
-    hit = columns == targets[:, None]
-    gradient = ((z - lse[:, None]).exp() - hit.to(z.dtype)) * slope
-    return nll, torch.where(counts[:, None], gradient, 0.0).to(logits.dtype)
+        return in_slices
+    return at_once(torch.compile(by_formula) if can_compile() else by_formula)

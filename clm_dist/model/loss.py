@@ -10,7 +10,7 @@ Legend: B sequences, T = block_size, V = vocabulary.
 import torch
 import torch.nn.functional as F
 
-from clm_dist.model.chunks import IGNORED
+from clm_dist.model.kernels import IGNORED
 
 
 def next_tokens(input_ids: torch.Tensor, scored: torch.Tensor | None = None) -> torch.Tensor:

@@ -31,6 +31,7 @@ from clm_dist.fields import Checkpointing
 from clm_dist.model import chunks
 from clm_dist.model.checkpointing import checkpoint_activations
 from clm_dist.model.head import Head, UnknownHeadError
+from clm_dist.model.kernels import at_once
 from clm_dist.model.objective import Objective
 from clm_dist.model.transformers_versions import without_looking_at_values
 from clm_dist.planning.memory import Activations, Envelope, Line
@@ -165,7 +166,7 @@ def one_chunk() -> Iterator[None]:
     def first(tokens: int, vocabulary: int, _: Any) -> Iterator[slice]:
         yield slice(0, min(tokens, max(1, chunks.ELEMENTS_ON_GPU // vocabulary)))
 
-    with patch.object(chunks, "_chunks", first), patch.object(chunks, "_kernel", lambda _: gpu_kernel):
+    with patch.object(chunks, "_chunks", first), patch.object(chunks, "_learner", lambda _: at_once(gpu_kernel)):
         yield
 
 

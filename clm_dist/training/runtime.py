@@ -11,6 +11,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from clm_dist.engine.deepspeed import start_deepspeed
 from clm_dist.errors import UserError
+from clm_dist.training.allocator import keep_freed_memory
 from clm_dist.training.determinism import reserve_workspace
 from clm_dist.training.launch import DEEPSPEED, FSDP, check_launch, launched_world_size
 from clm_dist.training.precision import check_precision
@@ -27,6 +28,8 @@ def start(mixed_precision: str, deepspeed: dict[str, Any] | None = None, idle_ex
     check_launch(mixed_precision)
     check_precision(mixed_precision)
     reserve_workspace()
+    if not torch.accelerator.is_available():
+        keep_freed_memory()
     timeout = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
     if deepspeed is None:
         # FSDP2 is ours to apply (engine/fsdp.py), and a command without an optimizer has nothing to share: plain processes

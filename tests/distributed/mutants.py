@@ -10,7 +10,7 @@ import clm_dist.training.train as training
 from clm_dist.data.order import micro_batches
 from clm_dist.engine.replicated import Replicated
 from clm_dist.engine.zero import Zero
-from clm_dist.model import chunks
+from clm_dist.model import kernels
 from clm_dist.model.objective import Objective
 from clm_dist.training.batches import Batches
 from clm_dist.training.evaluate import Evaluation
@@ -132,7 +132,7 @@ def divided_twice() -> None:
 
 def last_chunk_only() -> None:
     """A chunk's gradient of the head's weights written where it should be added."""
-    chunks._add_product = lambda total, d_logits, x: total.copy_(d_logits.T @ x)
+    kernels.add_product = lambda total, d_logits, x: total.copy_(d_logits.T @ x)
 
 
 def clipped_at_one() -> None:
