@@ -115,6 +115,15 @@ def test_the_logits_are_never_whole():
     assert max(meter.history) < 4096 * 8192 * 4 / 1.5
 
 
+def test_a_tied_embedding_takes_no_third_gradient():
+    """Autograd adds the embedding's to the head's in place, which it does only where nothing else holds that."""
+    weight, ids = torch.randn(512, 8, requires_grad=True), torch.randint(512, (8,))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        summed_nll(F.embedding(ids, weight), Output(weight), ids).backward()
+    of_weights = {event.name for event in profile.events() if list(weight.shape) in event.input_shapes[:1]}
+    assert "aten::add_" in of_weights and "aten::add" not in of_weights
+
+
 @pytest.mark.parametrize("tokens, vocabulary", [(1, 50257), (8192, 50257), (1023, 300), (1000, 2**25)])
 def test_chunks_cover_all_tokens_once(tokens, vocabulary):
     slices = list(chunks._chunks(tokens, vocabulary, torch.device("cpu")))
