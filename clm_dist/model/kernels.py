@@ -30,7 +30,7 @@ class Layer:
 class Gradients:
     """What is added to; None where nobody wants it."""
 
-    hidden: torch.Tensor | None  # (n, d) of the chunk, zeros
+    hidden: torch.Tensor | None  # (n, d) of the chunk, zeros; fp32 where it is summed over slices
     matrix: torch.Tensor | None  # (V', d) fp32, summed over the chunks
     bias: torch.Tensor | None  # (V,) fp32, the same
 
@@ -117,9 +117,7 @@ def in_slices(x: torch.Tensor, targets: torch.Tensor, layer: Layer, gradients: G
 
 
 def _slices(matrix: torch.Tensor) -> list[slice]:
-    """Of its rows; all of them at once in 16 bits, where each product is rounded."""
-    width = WIDTH if matrix.dtype == torch.float32 else len(matrix)
-    return [slice(start, min(start + width, len(matrix))) for start in range(0, len(matrix), width)]
+    return [slice(start, min(start + WIDTH, len(matrix))) for start in range(0, len(matrix), WIDTH)]
 
 
 def _hits(targets: torch.Tensor, words: slice) -> tuple[torch.Tensor, torch.Tensor]:
