@@ -105,6 +105,18 @@ def test_under_autocast_sums_are_in_single_precision(kernel):
     assert [one.grad.dtype for one in ours] == [torch.float32] * 3
 
 
+def test_in_16_bits_slices_are_summed_in_single_precision(monkeypatch):
+    """Of a hundred slices: 0.0036 off, where sums in bf16 would be 0.015."""
+    monkeypatch.setattr(kernels, "WIDTH", 30)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(37, 12).bfloat16(), torch.randn(3000, 12).bfloat16()
+    targets = torch.randint(3000, (37,))
+    ours, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    summed_nll(ours, Output(weight), targets).backward()
+    whole(exact, weight.double(), None, targets, 1.0, None).backward()
+    assert (ours.grad.double() - exact.grad).norm() <= 0.006 * exact.grad.norm()
+
+
 def test_the_logits_are_never_whole():
     """Of 4,096 tokens and a vocabulary of 8,192: 134 MB of logits, of which a chunk holds a quarter at most."""
     from clm_dist.planning.activations import Meter

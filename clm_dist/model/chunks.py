@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from clm_dist.model.compiled import can_compile
 from clm_dist.model.kernels import IGNORED, Gradients, Layer, Learner, at_once, by_formula, in_slices
 
-# Logits of a chunk. On a CPU larger ones leave its cache, on smaller ones matrix products lose their speed.
+# Logits of a chunk. On a CPU twice as many gain nothing, and with fewer matrix products lose their speed.
 ELEMENTS_ON_CPU, ELEMENTS_ON_GPU = 2**24, 2**27
 ALIGNMENT = 64  # rows; with GPT-2's 50,257 as they are an H100 multiplies 4.5 times as slowly (docs/performance.md)
 
@@ -74,6 +74,7 @@ class _SummedNll(torch.autograd.Function):
         layer = Layer(matrix, added, scale, cap, len(weight))
         learn = _learner(hidden.device.type)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        # a CPU sums over slices of words, which a GPU has not
         summed = torch.float32 if hidden.device.type == "cpu" else hidden.dtype
         d_hidden = torch.zeros(hidden.shape, dtype=summed, device=hidden.device) if of_hidden else None
         d_matrix = torch.zeros(matrix.shape, dtype=torch.float32, device=hidden.device) if of_weight else None

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 
 IGNORED = -100  # cross_entropy's own default for a target that does not count
-WIDTH = (
-    1024  # words of a slice: its logits stay in a core's cache, and are no tensor that the kernel maps anew each time
-)
+# Words of a slice: its logits stay in a core's cache, and are too small for a mapping of their own, made anew each time
+WIDTH = 1024
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,7 @@ def add_product(total: torch.Tensor, d_logits: torch.Tensor, x: torch.Tensor) ->
     """total += d_logits.T @ x, in fp32 over the chunks."""
     if d_logits.dtype == torch.float32:
         total.addmm_(d_logits.T, x)
-    elif d_logits.is_cuda and hasattr(
-        torch.ops.aten.addmm, "dtype_out"
-    ):  # torch 2.8: nothing is rounded between chunks
+    elif d_logits.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # torch 2.8: rounded at the end alone
         torch.ops.aten.addmm.dtype_out(total, d_logits.T, x, torch.float32, out=total)
     else:
         total += d_logits.T @ x
