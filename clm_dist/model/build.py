@@ -10,6 +10,7 @@ from clm_dist import hub
 from clm_dist.config import ModelConfig
 from clm_dist.errors import UserError
 from clm_dist.model import lora, repairs, transformers_versions
+from clm_dist.model.activation import fuse_gelu
 from clm_dist.model.architectures import IDENTITY
 from clm_dist.model.configuration import load_configuration, padded, row_of
 
@@ -31,6 +32,7 @@ def build_model(config: ModelConfig, built: Any, seed: int, vocab_size: int = 0)
             model = blank_model(config, built)
         model = model.float()
         _generate_left_to_right(model)
+    fuse_gelu(model)
     freeze_unused(model)
     _learn_every_row(model)
     if config.lora is not None:
@@ -65,6 +67,7 @@ def blank_model(config: ModelConfig, built: Any, dtype: torch.dtype | None = Non
 def outline(config: ModelConfig, built: Any, dtype: torch.dtype | None = None) -> Any:
     """What `build_model` makes, without what weights hold: for the meta device or FakeTensorMode."""
     model = blank_model(config, built, dtype)
+    fuse_gelu(model)
     freeze_unused(model)
     if config.lora is not None:
         lora.adapt(model, config.lora, seed=None)

@@ -1,0 +1,34 @@
+"""GELU by tanh (Hendrycks and Gimpel, arXiv:1606.08415, section 2) as one operation.
+
+transformers writes it out for GPT-2 and others: eight operations over the widest tensors of a block, for which autograd
+keeps four of them, and autocast makes one of them fp32 on a GPU. torch has the same formula as a kernel that keeps one.
+"""
+
+import torch
+import torch.nn.functional as F
+
+# x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))), the root with 8 digits at least
+WRITTEN_OUT = frozenset({"AccurateGELUActivation", "BloomGelu", "FastGELUActivation", "NewGELUActivation"})
+
+
+class FusedGELU(torch.nn.Module):
+    """The kernel where a model learns; in evaluation the library's own operations, to the last bit."""
+
+    def __init__(self, written: torch.nn.Module):
+        super().__init__()
+        self.written = written
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """GELU of each element."""
+        if self.training:
+            return F.gelu(x, approximate="tanh")
+        value: torch.Tensor = self.written(x)
+        return value
+
+
+def fuse_gelu(model: torch.nn.Module) -> None:
+    """Wraps transformers' modules that write it out; names of weights and the configuration stay as they are."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ in WRITTEN_OUT and type(child).__module__.startswith("transformers."):
+                setattr(parent, name, FusedGELU(child))
