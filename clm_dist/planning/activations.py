@@ -7,7 +7,7 @@ tensors, for any architecture, attention implementation and precision. The close
 
 Three things differ between the CPU and a GPU, and are counted as on a GPU: attention is one fused kernel also with dropout
 (on the CPU dropout would bring back the T x T matrix), a dropout mask is one byte an element, and autocast has more
-operations that it computes in fp32 (FP32_ON_GPU; a power is in GPT-2's GELU, and costs it a quarter of its activations).
+operations that it computes in fp32 (FP32_ON_GPU; a power, say, where an activation function is written out).
 And of the chunks in which the loss is computed one is counted, as large as a GPU has them, and so as if there were many.
 
 Legend: B sequences, T = block_size, V = vocabulary.

@@ -1,6 +1,7 @@
 """The program under test with chunks of the loss that are small beside a tiny model's batch: there are several in a row.
 
-CLM_DIST_MUTANT=last_chunk_only leaves the gradient of the head's weights to the last of them.
+CLM_DIST_MUTANT=last_chunk_only leaves the gradient of the head's weights to the last of them. CLM_DIST_UNFUSED=1 takes away
+what has no setting: GELU is then as transformers writes it.
 """
 
 import os
@@ -12,11 +13,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import mutants
 
 from clm_dist.cli import main
-from clm_dist.model import chunks
+from clm_dist.model import build, chunks
 
 chunks.ELEMENTS_ON_CPU = 2**13
 cut, made = chunks._chunks, []
 chunks._chunks = lambda *of: made.append(of) or cut(*of)
+if os.environ.get("CLM_DIST_UNFUSED"):
+    build.fuse_gelu = lambda model: None
 mutants.apply(os.environ.get("CLM_DIST_MUTANT"))
 code = main(sys.argv[1:])
 print(f"by chunks: {len(made)} times")
