@@ -2,9 +2,9 @@
 
     python benchmarks/parts.py [--repeats R] [--output FILE]
 
-The head and the loss of GPT-2's vocabulary at several sizes of chunk; AdamW fused and not; DDP's gradients as views of its
-buckets and not, its graph static and not; the order of blocks a stretch at a time and step by step. Whole features are
-taken away by speed.py --without.
+The head and the loss of GPT-2's vocabulary at several sizes of chunk; GELU as one operation and as transformers writes it;
+AdamW fused and not; DDP's gradients as views of its buckets and not, its graph static and not; the order of blocks a stretch
+at a time and step by step. Whole features are taken away by speed.py --without.
 """
 
 import argparse
@@ -24,9 +24,11 @@ import torch
 from common import ROOT, cell, facts, table
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.activations import NewGELUActivation
 
 from clm_dist.data import order
 from clm_dist.model import chunks
+from clm_dist.model.activation import FusedGELU
 
 TOKENS, WIDTH, VOCABULARY = 1024, 768, 50257
 SIZES = [2**20, 2**22, 2**24, 2**26]
@@ -69,6 +71,26 @@ def head(repeats: int) -> str:
     timed = in_turns({**{name: lambda s=size: by_chunks(s) for name, size in ways.items()}, "whole": whole}, repeats)
     rows = [[name, cell(values, ",.0f")] for name, values in timed.items()]
     return table(f"Head and loss, {TOKENS:,} x {WIDTH}, {VOCABULARY:,} words", "chunk | ms", rows)
+
+
+def gelu(repeats: int) -> str:
+    """Forward and backward of a block's widest tensor, and what autograd keeps for it."""
+    x, above = torch.randn(TOKENS, 4 * WIDTH, requires_grad=True), torch.randn(TOKENS, 4 * WIDTH)
+    kinds = {"one operation": FusedGELU(NewGELUActivation()), "as transformers writes it": NewGELUActivation()}
+
+    def passes(kind: torch.nn.Module) -> None:
+        kind(x).backward(above)
+        x.grad = None
+
+    def kept(kind: torch.nn.Module) -> float:
+        every: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: every.append(t) or t, lambda t: t):
+            kind(x)
+        return sum({t.data_ptr(): t.numel() * t.element_size() for t in every}.values()) / 2**20
+
+    timed = in_turns({name: lambda k=kind: passes(k) for name, kind in kinds.items()}, repeats)
+    rows = [[name, cell(values, ",.1f"), f"{kept(kinds[name]):.0f}"] for name, values in timed.items()]
+    return table(f"GELU by tanh, {TOKENS:,} x {4 * WIDTH:,}", "how | ms | kept for the backward pass, MiB", rows)
 
 
 def distilgpt2() -> torch.nn.Module:
@@ -144,7 +166,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         worker(args.worker)
-    text = "".join(part(args.repeats) for part in (head, updates, orders, buckets))
+    text = "".join(part(args.repeats) for part in (head, gelu, updates, orders, buckets))
     text = f"# Parts of a step, CPU\n\n{facts(f'benchmarks/parts.py --repeats {args.repeats}')}\n{text}"
     print(text)
     if args.output:

@@ -1,5 +1,7 @@
 """GELU as one operation: the same numbers and slopes where a model learns, the library's own bits elsewhere, less memory."""
 
+import copy
+
 import pytest
 import torch
 import transformers.activations
@@ -59,7 +61,21 @@ def test_a_model_keeps_its_names_its_configuration_and_its_loss():
         assert torch.equal(written.eval()(input_ids=ids).logits, kernel.eval()(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("function", ["relu", "gelu", "gelu_pytorch_tanh", "gelu_python", "silu", "quick_gelu"])
+def test_a_model_that_evaluates_does_so_still():
+    """As transformers hands one over that it has loaded."""
+    model = gpt2().eval()
+    before = model(input_ids=torch.arange(32)[None]).logits
+    fuse_gelu(model)
+    assert torch.equal(model(input_ids=torch.arange(32)[None]).logits, before)
+    again = copy.deepcopy(model)  # as an export does, and without a module more
+    assert torch.equal(again(input_ids=torch.arange(32)[None]).logits, before)
+    assert not list(again.transformer.h[0].mlp.act.children())
+
+
+LEFT_ALONE = ["relu", "gelu", "gelu_pytorch_tanh", "gelu_python", "gelu_python_tanh", "silu", "quick_gelu"]
+
+
+@pytest.mark.parametrize("function", LEFT_ALONE)
 def test_other_functions_are_left_alone(function):
     model = gpt2(activation_function=function)
     before = list(model.modules())

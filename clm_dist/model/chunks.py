@@ -74,7 +74,7 @@ class _SummedNll(torch.autograd.Function):
         layer = Layer(matrix, added, scale, cap, len(weight))
         learn = _learner(hidden.device.type)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if of_hidden else None
+        d_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if of_hidden else None
         d_matrix = torch.zeros(matrix.shape, dtype=torch.float32, device=hidden.device) if of_weight else None
         d_bias = torch.zeros(len(weight), dtype=torch.float32, device=hidden.device) if of_bias else None
         for rows in _chunks(len(hidden), len(matrix), hidden.device):

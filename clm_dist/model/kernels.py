@@ -100,7 +100,7 @@ def in_slices(x: torch.Tensor, targets: torch.Tensor, layer: Layer, gradients: G
     sums = (torch.stack(largest) - top).exp() / torch.stack(peaks)
     total = sums.sum(0)
     shares = torch.where(counts, sums / total, 0.0)
-    added = replace(gradients, hidden=None if gradients.hidden is None else gradients.hidden.float())
+    summed = replace(gradients, hidden=None if gradients.hidden is None else gradients.hidden.float())
     for place, words in enumerate(slices):
         p = parts[place].mul_(shares[place][:, None])
         rows, columns = _hits(torch.where(counts, targets, -1), words)
@@ -109,9 +109,9 @@ def in_slices(x: torch.Tensor, targets: torch.Tensor, layer: Layer, gradients: G
             p.mul_(slopes[place])
         elif layer.scale != 1:
             p.mul_(layer.scale)
-        added.add(p.to(layer.matrix.dtype), words, x, layer)
-    if gradients.hidden is not None and added.hidden is not None:
-        gradients.hidden.copy_(added.hidden)  # itself in fp32; in 16 bits rounded once and not with each slice
+        summed.add(p.to(layer.matrix.dtype), words, x, layer)
+    if gradients.hidden is not None and summed.hidden is not None:
+        gradients.hidden.copy_(summed.hidden)  # itself in fp32; in 16 bits rounded once and not with each slice
     # by the largest logit, for a target's own probability may be 0
     return torch.where(counts, top - given + total.log(), 0.0)
 

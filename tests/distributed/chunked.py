@@ -1,7 +1,7 @@
 """The program under test with chunks of the loss that are small beside a tiny model's batch: there are several in a row.
 
-CLM_DIST_MUTANT=last_chunk_only leaves the gradient of the head's weights to the last of them. CLM_DIST_UNFUSED=1 takes away
-what has no setting: GELU is then as transformers writes it.
+CLM_DIST_MUTANT=last_chunk_only leaves the gradient of the head's weights to the last of them. CLM_DIST_UNFUSED=1 leaves GELU
+as transformers writes it, for which there is no setting.
 """
 
 import os
