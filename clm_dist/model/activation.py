@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-# x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))), the root with 8 digits at least. "gelu_python_tanh" is left out: it
-# shares its class with the kernel, and no configuration has it by default.
+# x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))), the root with 8 digits at least. "gelu_python_tanh" is left out:
+# it shares its class with the kernel, and no configuration has it by default.
 WRITTEN_OUT = frozenset({"AccurateGELUActivation", "BloomGelu", "FastGELUActivation", "NewGELUActivation"})
 
 
