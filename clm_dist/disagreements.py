@@ -86,7 +86,8 @@ def _about_training(config: Config) -> Iterator[str]:
             "which needs it; change one of them"
         )
     if train.max_steps is not None and optim.warmup_steps + (optim.decay_steps or 0) > train.max_steps:
-        yield (f"{lengths(optim)} into train.max_steps={train.max_steps}; shorten that, or train longer")
+        shorter = "shorten them" if optim.decay_steps else f"set optim.warmup_steps to {train.max_steps} or less"
+        yield f"{lengths(optim)} into train.max_steps={train.max_steps}; {shorter}, or train longer"
 
 
 def lengths(optim: OptimConfig) -> str:

@@ -11,7 +11,11 @@ LAUNCHED = {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_MIXED_PRECISION": "no
 @pytest.mark.parametrize(
     ("precision", "environment", "needle"),
     [
-        ("no", {"ACCELERATE_MIXED_PRECISION": "bf16"}, "the launcher says mixed_precision=bf16, the recipe .*=no"),
+        (
+            "no",
+            {"ACCELERATE_MIXED_PRECISION": "bf16"},
+            "the launcher says mixed_precision=bf16, the recipe .*=no; .* owns it \\(train.mixed_precision=bf16",
+        ),
         ("no", {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "launcher says gradient_accumulation_steps=4"),
         ("no", {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, "srun started 2 tasks and no launcher joined them"),
         ("no", {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "asks for torch.compile .dynamo_config. .* leave it out"),

@@ -97,7 +97,10 @@ def test_all_problems_at_once_with_the_nearest_names(tmp_path):
         ({"train": {"activation_checkpointing": "some"}}, "needs true, false or selective"),
         ({"train": {"activation_checkpointing": "selective", "compile": "on"}}, "set train.compile=off, or"),
         ({"optim": {"decay_steps": 3}}, "decay_steps is for wsd"),
-        ({"optim": {"warmup_steps": 7}}, "optim.warmup_steps=7 does not fit into train.max_steps=6"),
+        (
+            {"optim": {"warmup_steps": 7}},
+            "=7 does not fit into train.max_steps=6; set optim.warmup_steps to 6 or less, or train",
+        ),
         ({"train": {"profile_steps": [3, 2]}}, "train.profile_steps=[3, 2] are no steps of this run"),
         ({"train": {"profile_steps": [7, 9]}}, "the first and the last one, between 1 and 6"),
     ],

@@ -41,6 +41,7 @@ class Outlook:
     by_formula: str  # why activations are by formula and not counted; empty where they are counted
     buckets_note: str  # where the sizes of buckets are not those of ds_configs/; empty where they are
     rows: list[Row]
+    asked_checkpointing: Checkpointing  # as the recipe has it
     recommended: Row | None
     evaluation_note: str  # where an evaluation would not fit
     command: str | None
@@ -82,6 +83,7 @@ def plan_run(config: Config, cluster: Cluster, recipe: str, overrides: list[str]
         by_formula=by_formula,
         buckets_note=buckets_note,
         rows=found,
+        asked_checkpointing=train.activation_checkpointing,
         recommended=best,
         evaluation_note=_evaluation_note(evaluated, room) if best else "",
         command=command_for(best, cluster, recipe, [*overrides, *settings], train.activation_checkpointing)

@@ -110,6 +110,9 @@ def _recommendation(outlook: Outlook) -> list[str]:
     ]
     if any(row.fits and row.sums_in_16_bits and row.cost_seconds < best.cost_seconds for row in outlook.rows):
         lines.append("zero1 is passed over: it would add up the gradients of micro-steps in 16 bits")
+    if outlook.asked_checkpointing and not best.activation_checkpointing:
+        asked = str(outlook.asked_checkpointing).lower()
+        lines.append(f"train.activation_checkpointing={asked} is left out of it: it fits without, and computes less")
     if best.host_bytes_per_node and cluster.cpu_memory_gib is None:
         lines.append(f"it needs {size(best.host_bytes_per_node)} of CPU memory a node; check with --cpu-memory")
     if outlook.evaluation_note:

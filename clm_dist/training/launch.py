@@ -36,7 +36,8 @@ def check_launch(mixed_precision: str, environment: Mapping[str, str] = os.envir
     if mixed_precision != "auto" and launched_precision not in ("no", mixed_precision) and not by_deepspeed:
         raise UserError(
             f"the launcher says mixed_precision={launched_precision}, the recipe train.mixed_precision={mixed_precision}; "
-            "leave it out of the accelerate configuration: the recipe owns it"
+            "leave it out of the accelerate configuration and the launcher's flags: the recipe owns it "
+            f"(train.mixed_precision={launched_precision})"
         )
     accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1" and not by_deepspeed:
